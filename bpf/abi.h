@@ -1,0 +1,336 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* abi.h - every structure that a map holds, shared by the programs and by Go.
+ *
+ * Go reads these layouts from BTF (bpf2go), so a field has one definition. Padding
+ * is explicit: the compiler does not zero what it inserts, and a key with stray
+ * bytes matches nothing. A change of any layout here needs a new ABI_VERSION: pinned
+ * maps are found by it, and layout_test.go compares with testdata/abi.golden.
+ */
+#pragma once
+
+#include <linux/types.h>
+
+#include <bpf/bpf_helpers.h>
+
+#define ABI_VERSION 1
+
+/* Times of flows are stamps: nanoseconds since boot >> STAMP_SHIFT, so 1.05 ms each,
+ * in 32 bits that wrap after 52 days. Only differences are compared.
+ */
+#define STAMP_SHIFT 20
+
+/* Rule ids index the generations map. Id 0 stands for "no rule" (identity flows). */
+#define MAX_RULES 131072
+
+/* No rule has this generation: a half with it belongs to a flow that was ended by hand. */
+#define GENERATION_ENDED 0xffffffff
+
+/* An address: 16 bytes in network order, IPv4 as ::ffff:a.b.c.d, so that one code path
+ * serves both families. Packets that carry such an IPv6 address are dropped by parse.h.
+ */
+struct addr {
+	__be32 word[4];
+};
+
+enum family {
+	FAMILY_IPV4 = 4,
+	FAMILY_IPV6 = 6,
+} __attribute__((packed));
+
+/* One direction of a conversation. ICMP echo: the request carries its id as sport (dport
+ * 0), the reply as dport (sport 0), so that inversion works as for ports.
+ */
+struct tuple {
+	struct addr src;
+	struct addr dst;
+	__be16 sport;
+	__be16 dport;
+	enum family family;
+	__u8 proto; /* IPPROTO_* */
+	__u16 pad;
+};
+
+enum device_class {
+	CLASS_BRIDGE = 1,
+	CLASS_UPLINK = 2,
+} __attribute__((packed));
+
+enum role {
+	ROLE_ORIGINAL = 1,
+	ROLE_REPLY = 2,
+} __attribute__((packed));
+
+enum translation {
+	TRANSLATION_IDENTITY = 0,
+	TRANSLATION_SNAT = 1,
+	TRANSLATION_DNAT = 2,
+} __attribute__((packed));
+
+/* What a direction has seen of TCP, in half.tcp. */
+enum tcp_seen {
+	TCP_SEEN_SYN = 1,
+	TCP_SEEN_FIN = 2,
+	TCP_SEEN_RST = 4, /* and nothing but RST since */
+	TCP_SEEN_ACK = 8, /* a segment without SYN: the handshake is over */
+} __attribute__((packed));
+
+/* Life of a flow, in the reply half's life word alone; changed by compare-and-swap only.
+ * LIVE -> ENDING (by the expiry) -> LIVE (a packet revived it) or DEAD. Whoever swaps to
+ * DEAD owns the flow's end: nobody else deletes or replaces its halves. A packet that
+ * needs the tuple takes over that way, in one step from LIVE or ENDING; what it leaves is
+ * BURIED at the expiry's next visit and deleted at the one after.
+ */
+enum life {
+	LIFE_LIVE = 0,
+	LIFE_ENDING = 1,
+	LIFE_DEAD = 2,
+	LIFE_BURIED = 3,
+};
+
+enum half_flag {
+	HALF_ENDING = 1,  /* own direction must look at the reply half's life word */
+	HALF_MAPPING = 2, /* the flow holds a reference to an endpoint mapping */
+} __attribute__((packed));
+
+/* One direction of a flow; the map's key is this direction's tuple. Only packets of
+ * this direction write seen, packets, bytes, tcp and routed.
+ */
+struct half {
+	struct tuple other; /* the other half's key; a packet leaves as its inverse */
+	__u64 packets;
+	__u64 bytes;
+	__u32 id;	  /* of the flow, the same in both halves */
+	__u32 guard;	  /* binds id, own key and other: half_guard() in flow.h */
+	__u32 ifindex;	  /* only packets that came in by it belong; 0: any of the class */
+	__u32 rule;	  /* id of the rule that made the flow, 0: none */
+	__u32 generation; /* of that rule; a differing one ends the flow */
+	__u32 seen;	  /* stamp of the last packet */
+	enum life life;	  /* reply half only */
+	enum role role;
+	enum device_class class; /* of the device that may present it */
+	enum translation translation;
+	enum tcp_seen tcp;
+	__u32 routed; /* stamp of the last look at where the host routes it */
+	enum half_flag flags;
+	__u8 pad[3];
+	__u8 lease[8]; /* room for the fast path's lease: an element is 192 bytes so far */
+};
+
+/* One outside port per inside endpoint (RFC 4787, REQ-1). Two entries a mapping:
+ * inside: (inside address, port, outside address) -> outside port, and
+ * outside: (outside address, port) -> inside endpoint, which is the claim.
+ */
+enum mapping_side {
+	MAPPING_INSIDE = 1,
+	MAPPING_OUTSIDE = 2,
+} __attribute__((packed));
+
+struct mapping_key {
+	struct addr addr;
+	struct addr outside; /* inside entries only: the address it is mapped to */
+	__be16 port;
+	__u8 proto;
+	enum mapping_side side;
+};
+
+struct mapping {
+	struct addr addr; /* the other side's address */
+	__be16 port;	  /* the other side's port */
+	__u16 pad;
+	__u32 id;
+	__u32 flows; /* inside entry: flows that hold it; 0: it is being deleted */
+};
+
+/* An element of the expiry queue: the reply tuple of a flow, which is its claim. */
+struct expiry_entry {
+	struct tuple claim;
+	__u32 id;
+	__u32 checked; /* stamp: the queue's head is the one longest unchecked */
+};
+
+struct expiry {
+	struct bpf_timer timer;
+	__u64 last_tick; /* ns since boot */
+	__u64 ticks;
+	__u64 longest; /* ns of the longest tick */
+	__u64 checked; /* entries looked at so far */
+};
+
+/* Rules. An any-address destination is all zero behind the IPv4 prefix or 16 zero bytes. */
+struct dnat_key {
+	struct addr dst;
+	__u32 ifindex; /* -i, or 0 */
+	__be16 port;
+	__u8 proto;
+	__u8 pad;
+};
+
+/* Ranges: the trie matches everything before the port exactly, then a prefix of the port. */
+struct dnat_range_key {
+	__u32 prefixlen;
+	struct addr dst;
+	__u32 ifindex;
+	__u8 proto;
+	__u8 pad;
+	__be16 port;
+};
+
+enum dnat_flag {
+	DNAT_ALLOW_LIST = 1, /* only sources in the allow map may come in */
+	DNAT_KEEP_PORT = 2,  /* no port in --to-destination */
+};
+
+struct dnat_rule {
+	struct addr to;
+	__u16 port_first; /* the published ports, host order, both ends included */
+	__u16 port_last;
+	__u16 to_first; /* to_first == to_last: all to one port, else shifted */
+	__u16 to_last;
+	__u32 id;
+	__u32 generation;
+	enum dnat_flag flags;
+};
+
+/* (rule, prefix): sources a DNAT rule lets in, destinations an SNAT rule leaves alone. */
+struct rule_prefix_key {
+	__u32 prefixlen; /* 32 + bits of addr */
+	__u32 rule;
+	struct addr addr;
+};
+
+struct snat_key {
+	__u32 prefixlen; /* 32 + bits of source */
+	__u32 ifindex;	 /* -o, or 0; exact, so it comes first */
+	struct addr source;
+};
+
+enum snat_flag {
+	SNAT_MASQUERADE = 1,
+	SNAT_EXCEPT = 2, /* the except map has destinations for it */
+	SNAT_ATTACH = 4, /* made by attach for a bridge's subnet */
+};
+
+struct snat_rule {
+	struct addr to;	  /* first address; unused by masquerade */
+	__u32 to_count;	  /* consecutive addresses, within the last 32 bits */
+	__u16 port_first; /* 0-0: same port where free, else same class */
+	__u16 port_last;
+	__u32 id;
+	__u32 generation;
+	enum snat_flag flags;
+};
+
+struct subnet_key {
+	__u32 prefixlen;
+	struct addr addr;
+};
+
+/* Source address for masquerade on kernels whose FIB lookup does not tell (before 6.7). */
+struct address_key {
+	__u32 prefixlen; /* 32 + bits of dst */
+	__u32 ifindex;
+	struct addr dst;
+};
+
+enum attach_kind {
+	ATTACH_TCX = 1,
+	ATTACH_CLSACT = 2,
+	ATTACH_MANUAL = 3, /* by hand, after load */
+};
+
+enum device_flag {
+	DEVICE_OWN_QDISC = 1, /* attach made the clsact qdisc, detach removes it */
+	DEVICE_L3 = 2,	      /* no Ethernet header */
+};
+
+struct device {
+	enum device_class class;
+	__u8 pad[3];
+	enum attach_kind attach;
+	enum device_flag flags;
+};
+
+enum timeout {
+	TIMEOUT_TCP_ESTABLISHED = 0,
+	TIMEOUT_TCP_TRANSITORY,
+	TIMEOUT_TCP_CLOSED,
+	TIMEOUT_UDP,
+	TIMEOUT_UDP_NEW,
+	TIMEOUT_UDP_WELL_KNOWN,
+	TIMEOUT_ICMP,
+	TIMEOUT_COUNT,
+};
+
+enum config_flag {
+	CONFIG_ALLOW_DIRECT = 1,   /* containers are reachable by their own address */
+	CONFIG_NO_ISOLATION = 2,   /* managed bridges reach each other */
+	CONFIG_PASS_UNMANAGED = 4, /* traffic may leave by devices without programs */
+	CONFIG_ROUTED = 8,	   /* no masquerade: no rule means untranslated */
+};
+
+/* Written by Go as a whole under the instance's lock; the kernel copies 8 bytes at a
+ * time, so each of the first three is changed at once: live is the commit.
+ */
+struct config {
+	__u64 live;  /* 0: the programs pass every packet on */
+	__u64 rules; /* which of the two sets of rule maps is in force, 0 or 1 */
+	__u64 netns_cookie;
+	__u64 secret[2]; /* key of the hash that picks ports */
+	enum config_flag flags;
+	__u32 max_flows;
+	__u32 timeout[8]; /* stamps, by enum timeout */
+};
+
+/* Counters: what is dropped and why, which helper failed, what happened. */
+enum counter {
+	DROP_MALFORMED = 0,
+	DROP_V4_MAPPED,
+	DROP_FRAGMENT,
+	DROP_PROTOCOL,
+	DROP_LOOPBACK,
+	DROP_SPOOFED_ADDRESS,
+	DROP_SPOOFED_MAC,
+	DROP_NO_UPLINK,
+	DROP_NO_ROUTE,
+	DROP_NO_RULE,
+	DROP_NO_FLOW,
+	DROP_ISOLATED,
+	DROP_NOT_ALLOWED,
+	DROP_HAIRPIN,
+	DROP_ICMP_UNRELATED,
+	DROP_TCP_UNEXPECTED,
+	DROP_NO_ADDRESS,
+	DROP_NO_PORT,
+	DROP_TABLE_FULL,
+	DROP_NO_MEMORY,
+	DROP_ENDING,
+	DROP_REWRITE,
+	DROP_END, /* drops come before, events after */
+	FLOWS_CREATED,
+	FLOWS_ENDED,
+	FLOWS_REVIVED,
+	FLOWS_TAKEN_OVER,
+	FLOWS_RACED,
+	MAPPINGS_CREATED,
+	MAPPINGS_ENDED,
+	PORTS_SHARED,
+	TIMER_RESTARTED,
+	TIMER_FAILED,
+	COUNTER_COUNT,
+};
+
+#define PORT_TRIES 64
+
+_Static_assert(sizeof(struct addr) == 16, "addr");
+_Static_assert(sizeof(struct tuple) == 40, "tuple");
+_Static_assert(sizeof(struct half) == 104, "half: 48 + 40 + 104 = kmalloc-192");
+_Static_assert(sizeof(struct mapping_key) == 36, "mapping_key");
+_Static_assert(sizeof(struct mapping) == 28, "mapping");
+_Static_assert(sizeof(struct expiry_entry) == 48, "expiry_entry");
+_Static_assert(sizeof(struct dnat_key) == 24, "dnat_key");
+_Static_assert(sizeof(struct dnat_range_key) == 28, "dnat_range_key");
+_Static_assert(sizeof(struct dnat_rule) == 36, "dnat_rule");
+_Static_assert(sizeof(struct rule_prefix_key) == 24, "rule_prefix_key");
+_Static_assert(sizeof(struct snat_key) == 24, "snat_key");
+_Static_assert(sizeof(struct snat_rule) == 36, "snat_rule");
+_Static_assert(sizeof(struct config) == 80, "config");

@@ -1,0 +1,194 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* expiry.h - flows end here, in the kernel, with no process running.
+ *
+ * Every flow's claim is in a queue. One timer looks at the queue's head as long as that was
+ * not looked at for EXPIRY_PERIOD, and puts back what goes on living: the head is always
+ * the longest unchecked, so an idle host costs one peek a tick. bpf_for_each_map_elem has
+ * no cursor and would walk the whole table in one go (41 ms for 200,000 elements).
+ *
+ * A flow ends in two visits. The first marks it ENDING: a packet that comes meanwhile revives
+ * it. The second swaps ENDING to DEAD, which no packet undoes, and deletes the original half,
+ * then the reply half: the claim goes last, or another flow could take the port while this
+ * one's original half still leads packets to it.
+ */
+#pragma once
+
+#include "flow_state.h"
+#include "mapping.h"
+#include "packet.h"
+
+#define EXPIRY_PERIOD	  ((2ULL * 1000 * 1000 * 1000) >> STAMP_SHIFT)
+#define EXPIRY_BUDGET_NS  (400 * 1000) /* a tick holds its CPU no longer */
+#define EXPIRY_MAX	  1024	       /* nor takes more than that */
+#define EXPIRY_BUSY_NS	  (10 * 1000 * 1000)
+#define EXPIRY_IDLE_NS	  (100 * 1000 * 1000)
+#define EXPIRY_OVERDUE_NS (10ULL * EXPIRY_IDLE_NS)
+
+#define EXPIRY_CLOCK 1 /* CLOCK_MONOTONIC */
+
+struct tick {
+	const struct config *config;
+	__u64 began;
+	__u32 now;
+	__u32 checked;
+	bool caught_up;
+};
+
+static __always_inline void mark_ending(struct half *original, struct half *reply, bool ending)
+{
+	if (ending) {
+		original->flags |= HALF_ENDING;
+		reply->flags |= HALF_ENDING;
+	} else {
+		original->flags &= ~HALF_ENDING;
+		reply->flags &= ~HALF_ENDING;
+	}
+}
+
+static __always_inline __u32 swap_life(struct half *reply, __u32 from, __u32 to)
+{
+	return __sync_val_compare_and_swap((__u32 *)&reply->life, from, to);
+}
+
+static __always_inline void delete_flow(const struct tuple *original, const struct tuple *claim,
+					bool mapped)
+{
+	bpf_map_delete_elem(&flows, original);
+	bpf_map_delete_elem(&flows, claim);
+	if (mapped)
+		mapping_drop(original, claim);
+	count(FLOWS_ENDED);
+}
+
+/* True: the entry goes back into the queue. */
+static __always_inline bool check_flow(const struct tick *tick, const struct expiry_entry *entry)
+{
+	struct half *reply = bpf_map_lookup_elem(&flows, &entry->claim);
+	struct half *original;
+	struct tuple key;
+	bool mapped, over;
+
+	if (!reply || reply->id != entry->id)
+		return false; /* given back, or replaced by a flow with an entry of its own */
+	key = reply->other;
+	mapped = reply->flags & HALF_MAPPING;
+	original = bpf_map_lookup_elem(&flows, &key);
+	if (original && original->id != entry->id)
+		original = NULL;
+
+	switch (reply->life) {
+	case LIFE_DEAD:
+		/* taken over by a packet that may still be at it */
+		reply->life = LIFE_BURIED;
+		return true;
+	case LIFE_BURIED:
+		if (original) {
+			delete_flow(&key, &entry->claim, mapped);
+			return false;
+		}
+		bpf_map_delete_elem(&flows, &entry->claim);
+		if (mapped)
+			mapping_drop(&key, &entry->claim);
+		count(FLOWS_ENDED);
+		return false;
+	case LIFE_ENDING:
+		if (!original)
+			break;
+		over = flow_over(tick->config, &key, original, reply, tick->now);
+		if (!over) {
+			swap_life(reply, LIFE_ENDING, LIFE_LIVE);
+			mark_ending(original, reply, false);
+			return true;
+		}
+		if (swap_life(reply, LIFE_ENDING, LIFE_DEAD) != LIFE_ENDING)
+			return true;
+		delete_flow(&key, &entry->claim, mapped);
+		return false;
+	default:
+		/* no original half: it is being made just now, or its maker lost a race */
+		over = flow_over(tick->config, &key, original ? original : reply, reply, tick->now);
+		if (!over)
+			return true;
+		if (original) {
+			if (swap_life(reply, LIFE_LIVE, LIFE_ENDING) == LIFE_LIVE)
+				mark_ending(original, reply, true);
+			return true;
+		}
+		break;
+	}
+	swap_life(reply, reply->life, LIFE_BURIED);
+	return true;
+}
+
+static long check_head(__u32 i, void *context)
+{
+	struct tick *tick = context;
+	struct expiry_entry entry;
+
+	(void)i;
+	if (bpf_map_peek_elem(&expiry_queue, &entry) ||
+	    (__s32)(tick->now - entry.checked) < (__s32)EXPIRY_PERIOD) {
+		tick->caught_up = true;
+		return 1;
+	}
+	/* this timer alone pops, so it pops what it has seen */
+	bpf_map_pop_elem(&expiry_queue, &entry);
+	tick->checked++;
+	if (check_flow(tick, &entry)) {
+		entry.checked = tick->now;
+		bpf_map_push_elem(&expiry_queue, &entry, 0);
+	}
+	return bpf_ktime_get_ns() - tick->began > EXPIRY_BUDGET_NS;
+}
+
+static int expiry_tick(void *map, int *key, struct expiry *e)
+{
+	struct tick tick = {};
+	__u64 took;
+	__u32 zero = 0;
+
+	(void)map;
+	(void)key;
+	tick.config = bpf_map_lookup_elem(&config, &zero);
+	if (tick.config) {
+		tick.began = bpf_ktime_get_ns();
+		tick.now = tick.began >> STAMP_SHIFT;
+		bpf_loop(EXPIRY_MAX, check_head, &tick, 0);
+		took = bpf_ktime_get_ns() - tick.began;
+		e->last_tick = tick.began;
+		e->ticks += 1;
+		e->checked += tick.checked;
+		if (took > e->longest)
+			e->longest = took;
+	}
+	bpf_timer_start(&e->timer, tick.caught_up ? EXPIRY_IDLE_NS : EXPIRY_BUSY_NS, 0);
+	return 0;
+}
+
+/* Arms the timer with this program's code: a timer keeps the program that armed it, so the
+ * loader runs this again after each upgrade.
+ */
+static __always_inline bool expiry_start(void)
+{
+	__u32 zero = 0;
+	struct expiry *e = bpf_map_lookup_elem(&expiry, &zero);
+
+	if (!e)
+		return false;
+	e->last_tick = bpf_ktime_get_ns(); /* not overdue before its first tick */
+	/* EBUSY: it is there already */
+	bpf_timer_init(&e->timer, &expiry, EXPIRY_CLOCK);
+	return !bpf_timer_set_callback(&e->timer, expiry_tick) &&
+	       !bpf_timer_start(&e->timer, EXPIRY_BUSY_NS, 0);
+}
+
+/* A new flow sees to it that somebody will end it. */
+static __always_inline void expiry_watch(void)
+{
+	__u32 zero = 0;
+	struct expiry *e = bpf_map_lookup_elem(&expiry, &zero);
+
+	if (!e || bpf_ktime_get_coarse_ns() < e->last_tick + EXPIRY_OVERDUE_NS)
+		return;
+	count(expiry_start() ? TIMER_RESTARTED : TIMER_FAILED);
+}

@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* guard.h - what may leave a bridge, and what may enter it. */
+#pragma once
+
+#include "packet.h"
+#include "route.h"
+#include "rule.h"
+
+static __always_inline void note_unmanaged(__u32 ifindex)
+{
+	__u64 one = 1, *n = bpf_map_lookup_elem(&unmanaged, &ifindex);
+
+	if (n)
+		__sync_fetch_and_add(n, 1);
+	else
+		bpf_map_update_elem(&unmanaged, &ifindex, &one, BPF_NOEXIST);
+}
+
+/* A container that goes to a published port by the host's address: translated by neither hook
+ * so far, so only docker-proxy, or another socket of the host, can answer.
+ */
+static __always_inline enum verdict guard_local(struct packet *p)
+{
+	const struct tuple *t = &p->h.tuple;
+	struct dnat_match m;
+
+	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE)
+		return PASS;
+	if ((t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
+	    !dnat_find(p->config, &t->dst, t->family, t->proto, t->dport, p->skb->ifindex, &m))
+		return PASS;
+	return host_has_socket(p->skb, t, true) ? PASS : drop(p, DROP_HAIRPIN);
+}
+
+/* Devices come and go without us, and one that has no programs would let a container's address
+ * out. So the question is asked where every packet of a container passes: where will the
+ * host send it?
+ */
+static __always_inline enum verdict guard_route(struct packet *p)
+{
+	const struct device *device;
+	__u32 ifindex = 0;
+
+	switch (route_of(p, &ifindex)) {
+	case ROUTE_LOCAL:
+		return guard_local(p);
+	case ROUTE_NONE:
+		return PASS;
+	case ROUTE_FORWARD:
+		break;
+	}
+	if (ifindex == p->skb->ifindex)
+		return PASS;
+	device = bpf_map_lookup_elem(&devices, &ifindex);
+	if (!device) {
+		if (p->config->flags & CONFIG_PASS_UNMANAGED)
+			return PASS;
+		note_unmanaged(ifindex);
+		return drop(p, DROP_NO_UPLINK);
+	}
+	if (device->class == CLASS_BRIDGE && !(p->config->flags & CONFIG_NO_ISOLATION))
+		return drop(p, DROP_ISOLATED);
+	/* between routing and the uplink the kernel may fragment, but not join */
+	if (p->h.fragment != FRAGMENT_NONE)
+		return drop(p, DROP_FRAGMENT);
+	return PASS;
+}

@@ -1,0 +1,184 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* maps.h - every map, with who writes and who reads it. None evicts: a full map refuses. */
+#pragma once
+
+#include "abi.h"
+
+/* Written by Go; read by every program, once a packet. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct config);
+} config SEC(".maps");
+
+/* Both halves of every flow. Programs insert, the expiry deletes, Go marks. The loader
+ * sets max_entries to two a flow.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__type(key, struct tuple);
+	__type(value, struct half);
+} flows SEC(".maps");
+
+/* Endpoint-independent mappings, two entries each. Written by programs and the expiry. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__type(key, struct mapping_key);
+	__type(value, struct mapping);
+} mappings SEC(".maps");
+
+/* Claims in the order they were last checked. A program pushes a flow's claim, the
+ * expiry pops and pushes back. The loader sets max_entries.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_QUEUE);
+	__uint(max_entries, 1);
+	__type(value, struct expiry_entry);
+} expiry_queue SEC(".maps");
+
+/* The expiry's timer and what it has done. The timer lives as long as this map is pinned. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct expiry);
+} expiry SEC(".maps");
+
+/* By enum counter. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, COUNTER_COUNT);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+/* How many ports were tried before one was free: [n] counts the flows that needed n + 1. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, PORT_TRIES + 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} port_tries SEC(".maps");
+
+/* The devices that have programs; an entry is written after its programs are attached. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 256);
+	__type(key, __u32);
+	__type(value, struct device);
+} devices SEC(".maps");
+
+/* Devices without programs that container traffic would have left by: packets dropped. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 64);
+	__type(key, __u32);
+	__type(value, __u64);
+} unmanaged SEC(".maps");
+
+/* Subnets of the managed bridges -> ifindex of the bridge. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1024);
+	__type(key, struct subnet_key);
+	__type(value, __u32);
+} subnets SEC(".maps");
+
+/* Masquerade addresses for kernels before 6.7. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, struct address_key);
+	__type(value, struct addr);
+} addresses SEC(".maps");
+
+/* Current generation of each rule id. Raised when a rule goes: its flows end with it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_RULES);
+	__type(key, __u32);
+	__type(value, __u32);
+} generations SEC(".maps");
+
+/* The rules, in two sets: Go fills the one not in force and switches by config.rules, so a
+ * packet sees the old rules or the new ones. Both begin with the empty set; Go makes the
+ * later ones with the size they need.
+ */
+struct dnat_ports_set {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__type(key, struct dnat_key);
+	__type(value, struct dnat_rule);
+} no_dnat_ports SEC(".maps");
+
+struct dnat_ranges_set {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__type(key, struct dnat_range_key);
+	__type(value, struct dnat_rule);
+} no_dnat_ranges SEC(".maps");
+
+struct snat_sources_set {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__type(key, struct snat_key);
+	__type(value, struct snat_rule);
+} no_snat_sources SEC(".maps");
+
+struct rule_prefixes_set {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__type(key, struct rule_prefix_key);
+	__type(value, __u8);
+} no_rule_prefixes SEC(".maps");
+
+/* Published single ports. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct dnat_ports_set);
+} dnat_ports SEC(".maps") = {
+	.values = {&no_dnat_ports, &no_dnat_ports},
+};
+
+/* Published port ranges, each as the port prefixes that cover it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct dnat_ranges_set);
+} dnat_ranges SEC(".maps") = {
+	.values = {&no_dnat_ranges, &no_dnat_ranges},
+};
+
+/* SNAT rules by source prefix. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct snat_sources_set);
+} snat_sources SEC(".maps") = {
+	.values = {&no_snat_sources, &no_snat_sources},
+};
+
+/* Who may come in by a DNAT rule; what an SNAT rule leaves alone. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct rule_prefixes_set);
+} rule_prefixes SEC(".maps") = {
+	.values = {&no_rule_prefixes, &no_rule_prefixes},
+};

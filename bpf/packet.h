@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* packet.h - one packet in flight: what parse.h found, and how a stage ends it. */
+#pragma once
+
+#include <stdbool.h>
+
+#include <linux/bpf.h>
+#include <linux/pkt_cls.h>
+
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "abi.h"
+#include "maps.h"
+
+/* What a stage says of a packet. Only finish() knows TC's numbers. */
+enum verdict {
+	GO_ON, /* the next stage decides */
+	PASS,  /* hand it on, translated or not */
+	DROP,  /* packet->reason says why */
+};
+
+enum packet_kind {
+	KIND_FLOW,	 /* TCP, UDP, ICMP echo: the tuple is complete */
+	KIND_ICMP_ERROR, /* quotes a packet of a flow */
+	KIND_OTHER,	 /* a protocol without ports, another ICMP message */
+};
+
+enum fragment {
+	FRAGMENT_NONE,
+	FRAGMENT_FIRST, /* has the ports */
+	FRAGMENT_LATER,
+};
+
+/* Headers of one IP packet, the outer or the one that an ICMP error quotes. */
+struct headers {
+	struct tuple tuple;
+	__u32 l3;      /* offset of the IP header */
+	__u32 l4;      /* offset of the header behind it and its options or extensions */
+	__u32 end;     /* offset behind the packet */
+	__u8 kind;     /* enum packet_kind */
+	__u8 fragment; /* enum fragment */
+	__u8 tcp;      /* flags byte of the TCP header */
+	__u8 icmp;     /* type of the ICMP message */
+};
+
+struct packet {
+	struct __sk_buff *skb;
+	const struct config *config;
+	__u32 now; /* stamp */
+	enum counter reason;
+	struct headers h;
+};
+
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+
+static __always_inline void count(enum counter which)
+{
+	__u32 key = which;
+	__u64 *n = bpf_map_lookup_elem(&counters, &key);
+
+	if (n)
+		*n += 1;
+}
+
+static __always_inline enum verdict drop(struct packet *p, enum counter reason)
+{
+	p->reason = reason;
+	return DROP;
+}
+
+/* What is not ours and what we translated go on with UNSPEC, so that other programs on the
+ * hook run as well; OK would hide the packet from them.
+ */
+static __always_inline int finish(struct packet *p, enum verdict v)
+{
+	if (v != DROP)
+		return TC_ACT_UNSPEC;
+	count(p->reason);
+	return TC_ACT_SHOT;
+}
+
+static __always_inline __u32 stamp_now(void)
+{
+	return bpf_ktime_get_coarse_ns() >> STAMP_SHIFT;
+}
+
+/* False while the instance is not live: then the programs do nothing at all. */
+static __always_inline bool packet_begin(struct packet *p, struct __sk_buff *skb)
+{
+	__u32 zero = 0;
+
+	p->skb = skb;
+	p->config = bpf_map_lookup_elem(&config, &zero);
+	if (!p->config || !p->config->live)
+		return false;
+	p->now = stamp_now();
+	p->reason = DROP_MALFORMED;
+	return true;
+}

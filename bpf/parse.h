@@ -1,0 +1,282 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* parse.h - from bytes to struct headers; the only file that knows header layouts.
+ *
+ * Headers are copied by bpf_skb_load_bytes, which reads non-linear packets too, and no
+ * packet pointer is kept: nothing dangles after a later write.
+ */
+#pragma once
+
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/tcp.h>
+
+#include "packet.h"
+#include "tuple.h"
+
+/* linux/icmp.h would bring in the C library. */
+enum icmp_type {
+	ICMP_ECHOREPLY = 0,
+	ICMP_DEST_UNREACH = 3,
+	ICMP_SOURCE_QUENCH = 4,
+	ICMP_ECHO = 8,
+	ICMP_TIME_EXCEEDED = 11,
+	ICMP_PARAMETERPROB = 12,
+	ICMPV6_DEST_UNREACH = 1,
+	ICMPV6_PARAMPROB = 4,
+	ICMPV6_ECHO_REQUEST = 128,
+	ICMPV6_ECHO_REPLY = 129,
+};
+
+enum parsed {
+	PARSED,
+	PARSED_MALFORMED,
+	PARSED_V4_MAPPED,
+	PARSED_NOT_IP,
+};
+
+/* Extension headers that are walked before a packet counts as malformed. The kernel has no
+ * such limit; RFC 8200 lets each occur once, destination options twice.
+ */
+#define EXTENSIONS_MAX 7
+
+/* A quoted packet is cut short, by RFC 792 to 8 bytes behind its IP header: enough for the
+ * ports and for an echo's id. Its lengths say nothing about what is there.
+ */
+static __always_inline enum parsed parse_transport(struct __sk_buff *skb, struct headers *h,
+						   bool quoted)
+{
+	struct tuple *t = &h->tuple;
+
+	h->kind = KIND_OTHER;
+	h->tcp = 0;
+	h->icmp = 0;
+	t->sport = 0;
+	t->dport = 0;
+	if (h->fragment == FRAGMENT_LATER)
+		return PARSED;
+
+	if (t->proto == IPPROTO_TCP || t->proto == IPPROTO_UDP) {
+		struct {
+			__be16 sport;
+			__be16 dport;
+		} ports;
+
+		if (h->l4 + sizeof(ports) > h->end ||
+		    bpf_skb_load_bytes(skb, h->l4, &ports, sizeof(ports)) < 0)
+			return PARSED_MALFORMED;
+		t->sport = ports.sport;
+		t->dport = ports.dport;
+		h->kind = KIND_FLOW;
+		if (quoted)
+			return PARSED;
+		if (t->proto == IPPROTO_UDP)
+			return h->l4 + 8 > h->end ? PARSED_MALFORMED : PARSED;
+
+		/* doff and the flags are bytes 12 and 13 */
+		__u8 bits[2];
+
+		if (h->l4 + sizeof(struct tcphdr) > h->end ||
+		    bpf_skb_load_bytes(skb, h->l4 + 12, bits, sizeof(bits)) < 0)
+			return PARSED_MALFORMED;
+		if (bits[0] >> 4 < 5 || h->l4 + (bits[0] >> 4) * 4 > h->end)
+			return PARSED_MALFORMED;
+		h->tcp = bits[1];
+		return PARSED;
+	}
+
+	if ((t->family == FAMILY_IPV4 && t->proto == IPPROTO_ICMP) ||
+	    (t->family == FAMILY_IPV6 && t->proto == IPPROTO_ICMPV6)) {
+		struct {
+			__u8 type;
+			__u8 code;
+			__sum16 checksum;
+			__be16 id;
+			__be16 sequence;
+		} icmp;
+		bool request, reply, error;
+
+		if (h->l4 + sizeof(icmp) > h->end ||
+		    bpf_skb_load_bytes(skb, h->l4, &icmp, sizeof(icmp)) < 0)
+			return PARSED_MALFORMED;
+		h->icmp = icmp.type;
+		if (t->family == FAMILY_IPV4) {
+			request = icmp.type == ICMP_ECHO;
+			reply = icmp.type == ICMP_ECHOREPLY;
+			error = icmp.type == ICMP_DEST_UNREACH || icmp.type == ICMP_SOURCE_QUENCH ||
+				icmp.type == ICMP_TIME_EXCEEDED || icmp.type == ICMP_PARAMETERPROB;
+		} else {
+			request = icmp.type == ICMPV6_ECHO_REQUEST;
+			reply = icmp.type == ICMPV6_ECHO_REPLY;
+			error = icmp.type >= ICMPV6_DEST_UNREACH && icmp.type <= ICMPV6_PARAMPROB;
+		}
+		if (request || reply) {
+			h->kind = KIND_FLOW;
+			if (request)
+				t->sport = icmp.id;
+			else
+				t->dport = icmp.id;
+		} else if (error) {
+			h->kind = KIND_ICMP_ERROR;
+		}
+	}
+	return PARSED;
+}
+
+static __always_inline enum parsed parse_ipv4(struct __sk_buff *skb, struct headers *h, bool quoted)
+{
+	struct iphdr ip;
+	__u32 total, header;
+	__u16 fragment;
+
+	if (bpf_skb_load_bytes(skb, h->l3, &ip, sizeof(ip)) < 0)
+		return PARSED_MALFORMED;
+	header = ip.ihl * 4;
+	total = bpf_ntohs(ip.tot_len);
+	if (ip.version != 4 || header < sizeof(ip))
+		return PARSED_MALFORMED;
+	if (!quoted) {
+		/* BIG TCP: a GSO packet over 64 KB has a length of 0 */
+		if (!total && skb->gso_size)
+			total = skb->len - h->l3;
+		if (total < header || h->l3 + total > skb->len)
+			return PARSED_MALFORMED;
+		h->end = h->l3 + total;
+	}
+	addr_from_ipv4(&h->tuple.src, ip.saddr);
+	addr_from_ipv4(&h->tuple.dst, ip.daddr);
+	h->tuple.family = FAMILY_IPV4;
+	h->tuple.proto = ip.protocol;
+	h->tuple.pad = 0;
+	h->l4 = h->l3 + header;
+	fragment = bpf_ntohs(ip.frag_off);
+	h->fragment = fragment & 0x1fff	  ? FRAGMENT_LATER
+		      : fragment & 0x2000 ? FRAGMENT_FIRST
+					  : FRAGMENT_NONE;
+	return parse_transport(skb, h, quoted);
+}
+
+static __always_inline enum parsed parse_ipv6(struct __sk_buff *skb, struct headers *h, bool quoted)
+{
+	struct {
+		__u8 version; /* and half of the traffic class */
+		__u8 class[3];
+		__be16 payload;
+		__u8 next;
+		__u8 hops;
+	} ip;
+	__u8 next;
+	__u32 at;
+
+	if (bpf_skb_load_bytes(skb, h->l3, &ip, sizeof(ip)) < 0 || ip.version >> 4 != 6 ||
+	    bpf_skb_load_bytes(skb, h->l3 + 8, &h->tuple.src, 2 * sizeof(struct addr)) < 0)
+		return PARSED_MALFORMED;
+	at = h->l3 + sizeof(struct ipv6hdr);
+	if (!quoted) {
+		__u32 payload = bpf_ntohs(ip.payload);
+
+		/* jumbograms and BIG TCP have a length of 0 */
+		if (!payload)
+			payload = skb->len - at;
+		if (at + payload > skb->len)
+			return PARSED_MALFORMED;
+		h->end = at + payload;
+	}
+	if (addr_is_v4_mapped(&h->tuple.src) || addr_is_v4_mapped(&h->tuple.dst))
+		return PARSED_V4_MAPPED;
+	h->fragment = FRAGMENT_NONE;
+	next = ip.next;
+	for (int i = 0; i < EXTENSIONS_MAX; i++) {
+		struct {
+			__u8 next;
+			__u8 length; /* in 8 bytes, the first not counted */
+			__be16 offset;
+		} extension;
+
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
+		    next != IPPROTO_FRAGMENT)
+			break;
+		if (at + 8 > h->end ||
+		    bpf_skb_load_bytes(skb, at, &extension, sizeof(extension)) < 0)
+			return PARSED_MALFORMED;
+		/* Segments left: the destination is not the last one, which the checksum of the
+		 * transport header is made with (RFC 8200 section 8.1).
+		 */
+		if (next == IPPROTO_ROUTING && (extension.offset & bpf_htons(0x00ff)))
+			return PARSED_MALFORMED;
+		if (next == IPPROTO_FRAGMENT) {
+			__u16 offset = bpf_ntohs(extension.offset);
+
+			at += 8;
+			if (offset & 0xfff8)
+				h->fragment = FRAGMENT_LATER;
+			else if (offset & 1)
+				h->fragment = FRAGMENT_FIRST;
+		} else {
+			at += (extension.length + 1) * 8;
+		}
+		next = extension.next;
+		if (h->fragment == FRAGMENT_LATER)
+			break;
+	}
+	if (next == IPPROTO_HOPOPTS || next == IPPROTO_ROUTING || next == IPPROTO_DSTOPTS)
+		if (h->fragment != FRAGMENT_LATER)
+			return PARSED_MALFORMED;
+	h->tuple.family = FAMILY_IPV6;
+	h->tuple.proto = next;
+	h->tuple.pad = 0;
+	h->l4 = at;
+	return parse_transport(skb, h, quoted);
+}
+
+/* l3 is the length of the link header: 14, or 0 on devices without one. */
+static __always_inline enum parsed parse(struct packet *p, __u32 l3)
+{
+	struct __sk_buff *skb = p->skb;
+
+	p->h.l3 = l3;
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		return parse_ipv4(skb, &p->h, false);
+	if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		return parse_ipv6(skb, &p->h, false);
+	return PARSED_NOT_IP;
+}
+
+/* The packet that an ICMP error quotes. Behind its 8 bytes both families have it alike. */
+static __always_inline enum parsed parse_quoted(const struct packet *p, struct headers *quoted)
+{
+	quoted->l3 = p->h.l4 + 8;
+	quoted->end = p->h.end;
+	if (p->h.tuple.family == FAMILY_IPV4)
+		return parse_ipv4(p->skb, quoted, true);
+	return parse_ipv6(p->skb, quoted, true);
+}
+
+/* Neighbour discovery and multicast listener messages live on the link. */
+static __always_inline bool is_link_icmp(const struct headers *h)
+{
+	return h->tuple.family == FAMILY_IPV6 && h->tuple.proto == IPPROTO_ICMPV6 &&
+	       ((h->icmp >= 130 && h->icmp <= 137) || h->icmp == 143);
+}
+
+/* What stays on its link and is no business of a NAT (RFC 4291 section 2.5.6, RFC 3927). */
+static __always_inline bool is_local_scope(const struct headers *h)
+{
+	return addr_is_local_scope(&h->tuple.src, h->tuple.family) ||
+	       addr_is_local_scope(&h->tuple.dst, h->tuple.family) || is_link_icmp(h);
+}
+
+static __always_inline bool is_loopback(const struct headers *h)
+{
+	return addr_is_loopback(&h->tuple.src, h->tuple.family) ||
+	       addr_is_loopback(&h->tuple.dst, h->tuple.family);
+}
+
+/* A frame with a VLAN id belongs to a VLAN device; id 0 is a priority tag, which is ours. */
+static __always_inline bool is_vlan(const struct __sk_buff *skb)
+{
+	return skb->vlan_present && (skb->vlan_tci & 0xfff);
+}
+
+#define PACKET_HOST 0

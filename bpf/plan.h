@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* plan.h - a flow about to be made: what the rules chose, and what will be inserted.
+ *
+ * SNAT, DNAT and untranslated flows differ in what rules fill in here, not in how they are
+ * made: the port that can be chosen is always the destination port of the reply tuple
+ * (X:np of SNAT, W:np of DNAT), the preferred one always the original's source port.
+ *
+ * Without pointers, so that it can be handed to global functions, which the verifier checks
+ * once and not for each way that leads to them. Too large for the 512 bytes of stack, so it lives in a per-CPU map. Programs run with
+ * softirqs off: none interrupts another on its CPU.
+ */
+#pragma once
+
+#include "packet.h"
+#include "tuple.h"
+
+struct plan {
+	struct tuple original;
+	struct expiry_entry entry; /* entry.claim: the reply tuple */
+	struct half half;
+	__u32 rule;
+	__u32 generation;
+	enum translation translation;
+	enum device_class original_class;
+	enum device_class reply_class;
+	__u8 map; /* one outside port per inside endpoint */
+	__u32 original_ifindex;
+	__u32 reply_ifindex;
+	__u16 first; /* ports that may be chosen, host order */
+	__u16 last;
+	__u8 outside;  /* the claim's destination is an address of the host */
+	__u8 takeover; /* an ended flow with the same original tuple is replaced */
+	__u8 old_mapped;
+	__u8 pad;
+	struct tuple old_claim; /* of that flow */
+	enum counter reason;	/* why no flow was made */
+	__u32 now;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct plan);
+} plans SEC(".maps");
+
+static __always_inline struct plan *plan_begin(const struct packet *p)
+{
+	__u32 zero = 0;
+	struct plan *plan = bpf_map_lookup_elem(&plans, &zero);
+
+	if (!plan)
+		return NULL;
+	plan->original = p->h.tuple;
+	tuple_invert(&plan->entry.claim, &p->h.tuple);
+	plan->rule = 0;
+	plan->generation = 0;
+	plan->translation = TRANSLATION_IDENTITY;
+	plan->map = false;
+	plan->outside = false;
+	plan->takeover = false;
+	plan->reason = DROP_ENDING;
+	plan->now = p->now;
+	plan->first = plan->last = bpf_ntohs(p->h.tuple.sport);
+	return plan;
+}
+
+/* Ports of the same class as the wanted one: below 512, below 1024, above (RFC 4787 REQ-3a and
+ * RFC 6056; nf_nat_l4proto_unique_tuple has the same three). Echo ids have no classes.
+ */
+static __always_inline void plan_ports(struct plan *plan)
+{
+	__u16 wanted = bpf_ntohs(plan->original.sport);
+
+	if (plan->original.proto != IPPROTO_TCP && plan->original.proto != IPPROTO_UDP) {
+		plan->first = 0;
+		plan->last = 65535;
+	} else if (wanted < 512) {
+		plan->first = 1;
+		plan->last = 511;
+	} else if (wanted < 1024) {
+		plan->first = 512;
+		plan->last = 1023;
+	} else {
+		plan->first = 1024;
+		plan->last = 65535;
+	}
+}

@@ -1,0 +1,138 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* rewrite.h - the only file that writes packets.
+ *
+ * The helpers pull and unshare what they write, so non-linear and cloned packets are fine,
+ * and they know what ip_summed asks for:
+ *  - CHECKSUM_PARTIAL: the field holds the pseudo header's sum; addresses change it, ports
+ *    do not. Hence one call for the addresses (BPF_F_PSEUDO_HDR) and one for the ports.
+ *  - CHECKSUM_COMPLETE: skb->csum must follow. BPF_F_PSEUDO_HDR corrects it as if an IPv4
+ *    header checksum took up the address change. IPv6 has none, so its addresses are
+ *    stored with BPF_F_RECOMPUTE_CSUM, which makes the sum right again on every kernel
+ *    (BPF_F_IPV6 says the same since 6.16).
+ */
+#pragma once
+
+#include <stddef.h>
+
+#include "packet.h"
+#include "tuple.h"
+
+/* Offset of the transport checksum, or 0 for a protocol without one that we know. */
+static __always_inline __u32 checksum_offset(const struct tuple *t)
+{
+	switch (t->proto) {
+	case IPPROTO_TCP:
+		return offsetof(struct tcphdr, check);
+	case IPPROTO_UDP:
+		return 6;
+	case IPPROTO_ICMP:
+	case IPPROTO_ICMPV6:
+		return 2;
+	}
+	return 0;
+}
+
+static __always_inline __s64 addr_diff(const struct addr *from, const struct addr *to, __s64 seed)
+{
+	return bpf_csum_diff((__be32 *)from, sizeof(*from), (__be32 *)to, sizeof(*to), seed);
+}
+
+static __always_inline long store_addr(struct __sk_buff *skb, const struct headers *h, bool source,
+				       const struct addr *to)
+{
+	if (h->tuple.family == FAMILY_IPV4)
+		return bpf_skb_store_bytes(skb,
+					   h->l3 + (source ? offsetof(struct iphdr, saddr)
+							   : offsetof(struct iphdr, daddr)),
+					   &to->word[3], 4, 0);
+	return bpf_skb_store_bytes(skb,
+				   h->l3 + (source ? offsetof(struct ipv6hdr, saddr)
+						   : offsetof(struct ipv6hdr, daddr)),
+				   to, sizeof(*to), BPF_F_RECOMPUTE_CSUM);
+}
+
+/* Addresses of the outer header, with every checksum that covers them. */
+static __always_inline long rewrite_addrs(struct packet *p, const struct addr *src,
+					  const struct addr *dst)
+{
+	struct __sk_buff *skb = p->skb;
+	const struct tuple *from = &p->h.tuple;
+	bool source = !addr_equal(&from->src, src);
+	bool destination = !addr_equal(&from->dst, dst);
+	__u32 check = checksum_offset(from);
+	__u64 flags = BPF_F_PSEUDO_HDR;
+	__s64 diff = 0;
+	long err = 0;
+
+	if (!source && !destination)
+		return 0;
+	if (source)
+		diff = addr_diff(&from->src, src, diff);
+	if (destination)
+		diff = addr_diff(&from->dst, dst, diff);
+	if (from->proto == IPPROTO_UDP)
+		flags |= BPF_F_MARK_MANGLED_0; /* 0 is "none" and stays, a sum of 0 is ffff */
+	/* a later fragment has no transport header; ICMP of IPv4 no pseudo header */
+	if (check && p->h.fragment != FRAGMENT_LATER && from->proto != IPPROTO_ICMP)
+		err |= bpf_l4_csum_replace(skb, p->h.l4 + check, 0, diff, flags);
+	if (from->family == FAMILY_IPV4)
+		err |= bpf_l3_csum_replace(skb, p->h.l3 + offsetof(struct iphdr, check), 0, diff,
+					   0);
+	if (source)
+		err |= store_addr(skb, &p->h, true, src);
+	if (destination)
+		err |= store_addr(skb, &p->h, false, dst);
+	return err;
+}
+
+/* An echo's id is where its tuple has a port: the request's source, the reply's destination. */
+static __always_inline __be16 echo_id(const struct tuple *t, bool request)
+{
+	return request ? t->sport : t->dport;
+}
+
+static __always_inline bool is_echo(const struct headers *h)
+{
+	return h->tuple.proto == IPPROTO_ICMP || h->tuple.proto == IPPROTO_ICMPV6;
+}
+
+static __always_inline bool is_echo_request(const struct headers *h)
+{
+	return h->icmp == (h->tuple.family == FAMILY_IPV4 ? ICMP_ECHO : ICMPV6_ECHO_REQUEST);
+}
+
+static __always_inline long rewrite_ports(struct packet *p, const struct tuple *to)
+{
+	struct __sk_buff *skb = p->skb;
+	const struct tuple *from = &p->h.tuple;
+	__u32 check = p->h.l4 + checksum_offset(from);
+	long err = 0;
+
+	if (from->sport == to->sport && from->dport == to->dport)
+		return 0;
+	if (from->proto == IPPROTO_TCP || from->proto == IPPROTO_UDP) {
+		struct {
+			__be16 sport;
+			__be16 dport;
+		} old = {from->sport, from->dport}, new = {to->sport, to->dport};
+		__u64 flags = from->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+
+		err |= bpf_l4_csum_replace(skb, check, *(__be32 *)&old, *(__be32 *)&new, flags | 4);
+		err |= bpf_skb_store_bytes(skb, p->h.l4, &new, sizeof(new), 0);
+	} else {
+		bool request = is_echo_request(&p->h);
+		__be16 old = echo_id(from, request), new = echo_id(to, request);
+
+		err |= bpf_l4_csum_replace(skb, check, old, new, 2);
+		err |= bpf_skb_store_bytes(skb, p->h.l4 + 4, &new, sizeof(new), 0);
+	}
+	return err;
+}
+
+/* Gives the packet another tuple. After a failed write nobody knows what it looks like. */
+static __always_inline enum verdict rewrite(struct packet *p, const struct tuple *to)
+{
+	if (rewrite_addrs(p, &to->src, &to->dst) || rewrite_ports(p, to))
+		return drop(p, DROP_REWRITE);
+	return PASS;
+}

@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* route.h - what the host's routing says of a packet, and of an address. */
+#pragma once
+
+#include "packet.h"
+
+/* linux/bpf.h since 6.7; older kernels answer -EINVAL */
+#define FIB_LOOKUP_SRC (1U << 4)
+
+#define FIB_FAMILY_IPV4 2
+#define FIB_FAMILY_IPV6 10
+
+/* Fills in a lookup for the tuple. ifindex is the device it came in by or, with
+ * BPF_FIB_LOOKUP_OUTPUT, leaves by. A length of 0 leaves the MTU to whoever forwards.
+ */
+static __always_inline long fib_lookup(const struct packet *p, const struct addr *src,
+				       const struct addr *dst, __u32 ifindex,
+				       struct bpf_fib_lookup *fib, __u32 flags)
+{
+	__builtin_memset(fib, 0, sizeof(*fib));
+	fib->ifindex = ifindex;
+	fib->l4_protocol = p->h.tuple.proto;
+	if (p->h.tuple.family == FAMILY_IPV4) {
+		fib->family = FIB_FAMILY_IPV4;
+		fib->ipv4_src = src->word[3];
+		fib->ipv4_dst = dst->word[3];
+	} else {
+		fib->family = FIB_FAMILY_IPV6;
+		__builtin_memcpy(fib->ipv6_src, src, sizeof(*src));
+		__builtin_memcpy(fib->ipv6_dst, dst, sizeof(*dst));
+	}
+	return bpf_fib_lookup(p->skb, fib, sizeof(*fib), flags);
+}
+
+enum route {
+	ROUTE_LOCAL,   /* to the host itself */
+	ROUTE_FORWARD, /* by *ifindex */
+	ROUTE_NONE,    /* unreachable, or forwarding is off: the kernel says so */
+};
+
+/* Where the host will send a packet that came in by this hook's device, policy rules
+ * included. The answer for a local address is "not forwarded" (net/core/filter.c,
+ * bpf_ipv4_fib_lookup, bpf_ipv6_fib_lookup: whatever is not RTN_UNICAST).
+ */
+static __noinline enum route route_of(const struct packet *p, __u32 *ifindex)
+{
+	struct bpf_fib_lookup fib;
+	long result = fib_lookup(p, &p->h.tuple.src, &p->h.tuple.dst, p->skb->ifindex, &fib, 0);
+
+	switch (result) {
+	case BPF_FIB_LKUP_RET_SUCCESS:
+	case BPF_FIB_LKUP_RET_NO_NEIGH:
+	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		*ifindex = fib.ifindex;
+		return ROUTE_FORWARD;
+	case BPF_FIB_LKUP_RET_NOT_FWDED:
+		return ROUTE_LOCAL;
+	default:
+		return ROUTE_NONE;
+	}
+}
+
+/* The address that the host itself would use towards dst by the device (masquerade). The
+ * kernel's own choice where it tells (6.7), so a changed address needs no process that
+ * notices; before that the table that attach made.
+ */
+static __noinline bool source_address(const struct packet *p, __u32 ifindex, struct addr *to)
+{
+	struct address_key key = {
+		.prefixlen = sizeof(key) * 8 - 32,
+		.ifindex = ifindex,
+		.dst = p->h.tuple.dst,
+	};
+	struct bpf_fib_lookup fib;
+	const struct addr *address;
+	long result;
+
+	result = fib_lookup(p, &p->h.tuple.src, &p->h.tuple.dst, ifindex, &fib,
+			    BPF_FIB_LOOKUP_OUTPUT | FIB_LOOKUP_SRC);
+	if (result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH ||
+	    result == BPF_FIB_LKUP_RET_FRAG_NEEDED) {
+		if (p->h.tuple.family == FAMILY_IPV4)
+			addr_from_ipv4(to, fib.ipv4_src);
+		else
+			__builtin_memcpy(to, fib.ipv6_src, sizeof(*to));
+		if (!addr_is_local_scope(to, p->h.tuple.family))
+			return true;
+	}
+	address = bpf_map_lookup_elem(&addresses, &key);
+	if (!address)
+		return false;
+	*to = *address;
+	return true;
+}
+
+/* Whether the neighbour table knows another MAC for the packet's source than the frame has. */
+static __noinline bool is_foreign_mac(const struct packet *p)
+{
+	struct bpf_fib_lookup fib;
+	__u8 mac[6];
+
+	if (p->h.l3 < 14 || fib_lookup(p, &p->h.tuple.dst, &p->h.tuple.src, p->skb->ifindex, &fib,
+				       BPF_FIB_LOOKUP_OUTPUT) != BPF_FIB_LKUP_RET_SUCCESS)
+		return false;
+	if (bpf_skb_load_bytes(p->skb, 6, mac, sizeof(mac)) < 0)
+		return true;
+	return mac[0] != fib.dmac[0] || mac[1] != fib.dmac[1] || mac[2] != fib.dmac[2] ||
+	       mac[3] != fib.dmac[3] || mac[4] != fib.dmac[4] || mac[5] != fib.dmac[5];
+}
+
+/* A socket of the host's own that packets with this tuple are for. Listeners do not count for
+ * TCP: a connection that a container opens does not come their way. bpf_skc_lookup_tcp
+ * also finds connections in TIME_WAIT and half-open ones.
+ */
+static __always_inline bool host_has_socket(struct __sk_buff *skb, const struct tuple *t,
+					    bool listeners)
+{
+	struct bpf_sock_tuple tuple;
+	struct bpf_sock *sock;
+	__u32 size;
+	bool has;
+
+	if (t->family == FAMILY_IPV4) {
+		tuple.ipv4.saddr = t->src.word[3];
+		tuple.ipv4.daddr = t->dst.word[3];
+		tuple.ipv4.sport = t->sport;
+		tuple.ipv4.dport = t->dport;
+		size = sizeof(tuple.ipv4);
+	} else {
+		__builtin_memcpy(tuple.ipv6.saddr, &t->src, sizeof(t->src));
+		__builtin_memcpy(tuple.ipv6.daddr, &t->dst, sizeof(t->dst));
+		tuple.ipv6.sport = t->sport;
+		tuple.ipv6.dport = t->dport;
+		size = sizeof(tuple.ipv6);
+	}
+	if (t->proto == IPPROTO_UDP) {
+		sock = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+		if (!sock)
+			return false;
+		bpf_sk_release(sock);
+		return true;
+	}
+	if (t->proto != IPPROTO_TCP)
+		return false;
+	sock = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	if (!sock)
+		return false;
+	has = listeners || sock->state != BPF_TCP_LISTEN;
+	bpf_sk_release(sock);
+	return has;
+}

@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* rule.h - which rule speaks of a packet. Only a flow's first packet comes here. */
+#pragma once
+
+#include "packet.h"
+#include "tuple.h"
+
+#define PREFIX_ALL(type) ((sizeof(type) - sizeof(__u32)) * 8)
+
+static __always_inline const struct dnat_rule *dnat_lookup(__u32 set, const struct addr *dst,
+							   __u32 ifindex, __u8 proto, __be16 port)
+{
+	struct dnat_range_key range = {
+		.prefixlen = PREFIX_ALL(struct dnat_range_key),
+		.dst = *dst,
+		.ifindex = ifindex,
+		.proto = proto,
+		.port = port,
+	};
+	struct dnat_key one = {
+		.dst = *dst,
+		.ifindex = ifindex,
+		.port = port,
+		.proto = proto,
+	};
+	const struct dnat_rule *rule = NULL;
+	void *inner;
+
+	inner = bpf_map_lookup_elem(&dnat_ports, &set);
+	if (inner)
+		rule = bpf_map_lookup_elem(inner, &one);
+	if (rule)
+		return rule;
+	inner = bpf_map_lookup_elem(&dnat_ranges, &set);
+	return inner ? bpf_map_lookup_elem(inner, &range) : NULL;
+}
+
+struct dnat_match {
+	const struct dnat_rule *rule;
+	bool any; /* the rule names no address: it holds for those of the host */
+};
+
+/* The rule that publishes dst:port on a device: a specific address before any, within that a
+ * device's own rule before one for all.
+ */
+static __always_inline bool dnat_find(const struct config *config, const struct addr *dst,
+				      enum family family, __u8 proto, __be16 port, __u32 ifindex,
+				      struct dnat_match *m)
+{
+	__u32 set = config->rules & 1;
+	struct addr any = {};
+
+	m->any = false;
+	m->rule = dnat_lookup(set, dst, ifindex, proto, port);
+	if (!m->rule)
+		m->rule = dnat_lookup(set, dst, 0, proto, port);
+	if (m->rule)
+		return true;
+	if (family == FAMILY_IPV4)
+		addr_from_ipv4(&any, 0);
+	m->any = true;
+	m->rule = dnat_lookup(set, &any, ifindex, proto, port);
+	if (!m->rule)
+		m->rule = dnat_lookup(set, &any, 0, proto, port);
+	return m->rule;
+}
+
+/* The inside port, network order, that a rule leads a published one to. */
+static __always_inline __be16 dnat_port(const struct dnat_rule *rule, __be16 port)
+{
+	__u16 shift = bpf_ntohs(port) - rule->port_first;
+
+	if (rule->flags & DNAT_KEEP_PORT)
+		return port;
+	if (rule->to_first == rule->to_last)
+		return bpf_htons(rule->to_first);
+	return bpf_htons(rule->to_first + shift);
+}
+
+/* Whether the rule's list (allow of DNAT, except of SNAT) names the address. */
+static __always_inline bool rule_lists(const struct config *config, __u32 rule,
+				       const struct addr *addr)
+{
+	struct rule_prefix_key key = {
+		.prefixlen = PREFIX_ALL(struct rule_prefix_key),
+		.rule = rule,
+		.addr = *addr,
+	};
+	__u32 set = config->rules & 1;
+	void *inner = bpf_map_lookup_elem(&rule_prefixes, &set);
+
+	return inner && bpf_map_lookup_elem(inner, &key);
+}
+
+/* The SNAT rule for a source that leaves by a device: the device's own rules first, in them
+ * the longest prefix.
+ */
+static __always_inline const struct snat_rule *snat_find(const struct config *config,
+							 const struct addr *source, __u32 ifindex)
+{
+	struct snat_key key = {
+		.prefixlen = PREFIX_ALL(struct snat_key),
+		.ifindex = ifindex,
+		.source = *source,
+	};
+	__u32 set = config->rules & 1;
+	void *inner = bpf_map_lookup_elem(&snat_sources, &set);
+	const struct snat_rule *rule;
+
+	if (!inner)
+		return NULL;
+	rule = bpf_map_lookup_elem(inner, &key);
+	if (rule)
+		return rule;
+	key.ifindex = 0;
+	return bpf_map_lookup_elem(inner, &key);
+}
+
+/* The managed bridge whose subnet holds the address, or 0. */
+static __always_inline __u32 bridge_of(const struct addr *addr)
+{
+	struct subnet_key key = {
+		.prefixlen = PREFIX_ALL(struct subnet_key),
+		.addr = *addr,
+	};
+	__u32 *bridge = bpf_map_lookup_elem(&subnets, &key);
+
+	return bridge ? *bridge : 0;
+}
