@@ -51,6 +51,13 @@ flow_timeout(const struct tuple *key, const struct half *original, const struct 
 	return reply->packets ? TIMEOUT_UDP : TIMEOUT_UDP_NEW;
 }
 
+static __always_inline __u32 generation_of(__u32 rule)
+{
+	__u32 *generation = bpf_map_lookup_elem(&generations, &rule);
+
+	return generation ? *generation : GENERATION_ENDED;
+}
+
 static __always_inline bool rule_current(__u32 rule, __u32 generation)
 {
 	__u32 *current = bpf_map_lookup_elem(&generations, &rule);

@@ -27,7 +27,7 @@ static __always_inline enum verdict guard_local(struct packet *p)
 	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE)
 		return PASS;
 	if ((t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
-	    !dnat_find(p->config, &t->dst, t->family, t->proto, t->dport, p->skb->ifindex, &m))
+	    !dnat_find(t, p->skb->ifindex, &m))
 		return PASS;
 	return host_has_socket(p->skb, t, true) ? PASS : drop(p, DROP_HAIRPIN);
 }

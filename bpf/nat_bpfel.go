@@ -64,7 +64,7 @@ const (
 	NATCounterDROP_SPOOFED_ADDRESS NATCounter = 5
 	NATCounterDROP_SPOOFED_MAC     NATCounter = 6
 	NATCounterDROP_NO_UPLINK       NATCounter = 7
-	NATCounterDROP_NO_ROUTE        NATCounter = 8
+	NATCounterDROP_MULTICAST       NATCounter = 8
 	NATCounterDROP_NO_RULE         NATCounter = 9
 	NATCounterDROP_NO_FLOW         NATCounter = 10
 	NATCounterDROP_ISOLATED        NATCounter = 11
@@ -242,7 +242,12 @@ const (
 )
 
 type NATPlan struct {
-	_               structs.HostLayout
+	_         structs.HostLayout
+	Published struct {
+		_    structs.HostLayout
+		Rule NATDnatRule
+		Any  uint32
+	}
 	Original        NATTuple
 	Entry           NATExpiryEntry
 	Half            NATHalf

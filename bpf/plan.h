@@ -12,9 +12,11 @@
 #pragma once
 
 #include "packet.h"
+#include "rule.h"
 #include "tuple.h"
 
 struct plan {
+	struct dnat_match published; /* what rule.h found last */
 	struct tuple original;
 	struct expiry_entry entry; /* entry.claim: the reply tuple */
 	struct half half;
@@ -44,13 +46,15 @@ struct {
 	__type(value, struct plan);
 } plans SEC(".maps");
 
-static __always_inline struct plan *plan_begin(const struct packet *p)
+static __always_inline struct plan *plan_get(void)
 {
 	__u32 zero = 0;
-	struct plan *plan = bpf_map_lookup_elem(&plans, &zero);
 
-	if (!plan)
-		return NULL;
+	return bpf_map_lookup_elem(&plans, &zero);
+}
+
+static __always_inline void plan_begin(const struct packet *p, struct plan *plan)
+{
 	plan->original = p->h.tuple;
 	tuple_invert(&plan->entry.claim, &p->h.tuple);
 	plan->rule = 0;
@@ -62,7 +66,6 @@ static __always_inline struct plan *plan_begin(const struct packet *p)
 	plan->reason = DROP_ENDING;
 	plan->now = p->now;
 	plan->first = plan->last = bpf_ntohs(p->h.tuple.sport);
-	return plan;
 }
 
 /* Ports of the same class as the wanted one: below 512, below 1024, above (RFC 4787 REQ-3a and

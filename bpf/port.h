@@ -68,25 +68,20 @@ __noinline long claim_insert(struct plan *plan)
 /* A port that the host's own traffic or a published port would be cut off from. The published
  * endpoint itself may use its published port for what it sends.
  */
-__noinline bool port_is_used(struct __sk_buff *skb, const struct plan *plan)
+__noinline bool port_is_used(struct __sk_buff *skb, struct plan *plan)
 {
 	const struct tuple *claim;
-	const struct config *c;
-	struct dnat_match m;
-	__u32 zero = 0;
+	struct dnat_match *m;
 
 	if (!plan)
 		return true;
 	claim = &plan->entry.claim;
-	c = bpf_map_lookup_elem(&config, &zero);
-	if (!c)
-		return true;
+	m = &plan->published;
 	if (claim->proto != IPPROTO_TCP && claim->proto != IPPROTO_UDP)
 		return false;
-	if (dnat_find(c, &claim->dst, claim->family, claim->proto, claim->dport, skb->ifindex,
-		      &m) &&
-	    !(addr_equal(&m.rule->to, &plan->original.src) &&
-	      dnat_port(m.rule, claim->dport) == plan->original.sport))
+	if (dnat_find(claim, skb->ifindex, m) &&
+	    !(addr_equal(&m->rule.to, &plan->original.src) &&
+	      dnat_port(&m->rule, claim->dport) == plan->original.sport))
 		return true;
 	return host_has_socket(skb, claim, false);
 }

@@ -36,33 +36,40 @@ static __always_inline const struct dnat_rule *dnat_lookup(__u32 set, const stru
 }
 
 struct dnat_match {
-	const struct dnat_rule *rule;
-	bool any; /* the rule names no address: it holds for those of the host */
+	struct dnat_rule rule; /* a copy */
+	__u32 any;	       /* the rule names no address: it holds for those of the host */
 };
 
-/* The rule that publishes dst:port on a device: a specific address before any, within that a
- * device's own rule before one for all.
+/* The rule that publishes the tuple's destination on a device: a specific address before any,
+ * within that a device's own rule before one for all.
  */
-static __always_inline bool dnat_find(const struct config *config, const struct addr *dst,
-				      enum family family, __u8 proto, __be16 port, __u32 ifindex,
-				      struct dnat_match *m)
+__noinline bool dnat_find(const struct tuple *t, __u32 ifindex, struct dnat_match *m)
 {
-	__u32 set = config->rules & 1;
-	struct addr any = {};
+	const struct dnat_rule *rule = NULL;
+	const struct config *c;
+	struct addr dst;
+	__u32 zero = 0, set;
 
-	m->any = false;
-	m->rule = dnat_lookup(set, dst, ifindex, proto, port);
-	if (!m->rule)
-		m->rule = dnat_lookup(set, dst, 0, proto, port);
-	if (m->rule)
-		return true;
-	if (family == FAMILY_IPV4)
-		addr_from_ipv4(&any, 0);
-	m->any = true;
-	m->rule = dnat_lookup(set, &any, ifindex, proto, port);
-	if (!m->rule)
-		m->rule = dnat_lookup(set, &any, 0, proto, port);
-	return m->rule;
+	if (!t || !m)
+		return false;
+	c = bpf_map_lookup_elem(&config, &zero);
+	if (!c)
+		return false;
+	set = c->rules & 1;
+	dst = t->dst;
+	for (int i = 0; i < 4 && !rule; i++) {
+		if (i == 2) {
+			__builtin_memset(&dst, 0, sizeof(dst));
+			if (t->family == FAMILY_IPV4)
+				addr_from_ipv4(&dst, 0);
+		}
+		m->any = i >= 2;
+		rule = dnat_lookup(set, &dst, i & 1 ? 0 : ifindex, t->proto, t->dport);
+	}
+	if (!rule)
+		return false;
+	m->rule = *rule;
+	return true;
 }
 
 /* The inside port, network order, that a rule leads a published one to. */

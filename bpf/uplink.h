@@ -14,20 +14,18 @@ static __always_inline enum verdict translate(struct packet *p, const struct fou
 	return rewrite(p, &f->to);
 }
 
-/* GO_ON: the flow is there, made by this packet or, meanwhile, on another CPU. */
-static __always_inline enum verdict open_flow(struct packet *p, struct plan *plan)
-{
-	if (flow_create(p->skb, plan) == CREATED_NOT)
-		return drop(p, plan->reason);
-	return GO_ON;
-}
-
-/* The packet is translated like any other of its flow. */
-static __always_inline enum verdict translate_first(struct packet *p, enum verdict opened,
+/* Makes the flow that open_*() has planned; then the packet is one of it like any other. */
+static __always_inline enum verdict translate_first(struct packet *p, enum verdict planned,
 						    struct found *f)
 {
-	if (opened != GO_ON)
-		return opened;
+	struct plan *plan = plan_get();
+
+	if (planned != GO_ON)
+		return planned;
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	if (flow_create(p->skb, plan) == CREATED_NOT)
+		return drop(p, plan->reason);
 	if (!half_find(&p->h.tuple, f, false))
 		return drop(p, DROP_ENDING);
 	return translate(p, f);
@@ -36,12 +34,13 @@ static __always_inline enum verdict translate_first(struct packet *p, enum verdi
 /* SNAT: a container, or the host with a bridge's address, speaks to the world. */
 static __noinline enum verdict open_outward(struct packet *p)
 {
-	struct plan *plan = plan_begin(p);
+	struct plan *plan = plan_get();
 	const struct snat_rule *rule;
 	struct tuple *t = &p->h.tuple;
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
+	plan_begin(p, plan);
 	plan->original_class = CLASS_BRIDGE;
 	plan->original_ifindex = p->skb->ingress_ifindex;
 	plan->reply_class = CLASS_UPLINK;
@@ -50,10 +49,8 @@ static __noinline enum verdict open_outward(struct packet *p)
 	if (!rule && !(p->config->flags & CONFIG_ROUTED))
 		return drop(p, DROP_NO_RULE);
 	if (!rule || (rule->flags & SNAT_EXCEPT && rule_lists(p->config, rule->id, &t->dst))) {
-		__u32 zero = 0, *generation = bpf_map_lookup_elem(&generations, &zero);
-
-		plan->generation = generation ? *generation : 0;
-		return open_flow(p, plan);
+		plan->generation = generation_of(0);
+		return GO_ON;
 	}
 
 	plan->translation = TRANSLATION_SNAT;
@@ -84,7 +81,7 @@ static __noinline enum verdict open_outward(struct packet *p)
 	} else {
 		plan_ports(plan);
 	}
-	return open_flow(p, plan);
+	return GO_ON;
 }
 
 /* An error from a container, from a router behind it, or from the host about a packet that it
@@ -115,9 +112,9 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 		return drop(p, DROP_V4_MAPPED);
 	if (parsed == PARSED_MALFORMED)
 		return from ? drop(p, DROP_MALFORMED) : PASS;
-	if (is_local_scope(&p->h))
-		return PASS;
 	bridge = bridge_of(&p->h.tuple.src);
+	if (is_local_scope(&p->h)) /* multicast that the host routes, with a container's address */
+		return bridge && from ? drop(p, DROP_MULTICAST) : PASS;
 	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE)
 		return error_outward(p, bridge);
 	if (!bridge)
@@ -138,18 +135,45 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 	return translate_first(p, open_outward(p), &f);
 }
 
-/* DNAT: the world comes to a published port. */
-static __noinline enum verdict open_inward(struct packet *p, const struct dnat_match *m)
+static __always_inline bool is_published(struct packet *p, struct dnat_match *m)
 {
-	const struct dnat_rule *rule = m->rule;
+	const struct tuple *t = &p->h.tuple;
+	__u32 ifindex;
+
+	if ((t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
+	    !dnat_find(t, p->skb->ifindex, m))
+		return false;
+	return !m->any || route_of(p, &ifindex) == ROUTE_LOCAL;
+}
+
+/* DNAT: the world comes to a published port. PASS when it is none. */
+static __noinline enum verdict open_inward(struct packet *p)
+{
+	struct plan *plan = plan_get();
 	struct tuple *t = &p->h.tuple;
-	struct plan *plan = plan_begin(p);
-	__u32 bridge = bridge_of(&rule->to);
+	const struct dnat_rule *rule;
+	__u32 bridge;
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
+	if (!is_published(p, &plan->published))
+		return PASS;
+	if (p->h.fragment != FRAGMENT_NONE)
+		return drop(p, DROP_FRAGMENT);
+	if (p->h.tcp & TCP_RST)
+		return PASS;
+	rule = &plan->published.rule;
+	bridge = bridge_of(&rule->to);
 	if (!bridge)
 		return PASS; /* the bridge of its target is gone */
+	if (bridge_of(&t->src))
+		return drop(p, DROP_SPOOFED_ADDRESS);
+	/* a connection that docker-proxy carries already stays with it */
+	if (t->proto == IPPROTO_TCP && !(p->h.tcp & TCP_SYN) && host_has_socket(p->skb, t, false))
+		return PASS;
+	if (rule->flags & DNAT_ALLOW_LIST && !rule_lists(p->config, rule->id, &t->src))
+		return drop(p, DROP_NOT_ALLOWED);
+	plan_begin(p, plan);
 	plan->original_class = CLASS_UPLINK;
 	plan->original_ifindex = 0;
 	plan->reply_class = CLASS_BRIDGE;
@@ -163,36 +187,30 @@ static __noinline enum verdict open_inward(struct packet *p, const struct dnat_m
 	 * the same reply tuple: then the client's port changes, as nf_nat does it
 	 */
 	plan_ports(plan);
-	return open_flow(p, plan);
+	return GO_ON;
 }
 
 /* --allow-direct: a container spoken to by its own address has a flow too, or its answers
  * would be taken for something new and be given another source.
  */
-static __noinline enum verdict open_direct(struct packet *p, __u32 bridge)
+static __noinline enum verdict open_direct(struct packet *p)
 {
-	struct plan *plan = plan_begin(p);
-	__u32 zero = 0, *generation = bpf_map_lookup_elem(&generations, &zero);
+	struct plan *plan = plan_get();
+	__u32 bridge = bridge_of(&p->h.tuple.dst);
 
+	if (!bridge || p->h.fragment != FRAGMENT_NONE)
+		return PASS;
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
+	if (bridge_of(&p->h.tuple.src))
+		return drop(p, DROP_SPOOFED_ADDRESS);
+	plan_begin(p, plan);
 	plan->original_class = CLASS_UPLINK;
 	plan->original_ifindex = 0;
 	plan->reply_class = CLASS_BRIDGE;
 	plan->reply_ifindex = bridge;
-	plan->generation = generation ? *generation : 0;
-	return open_flow(p, plan);
-}
-
-static __always_inline bool is_published(struct packet *p, struct dnat_match *m)
-{
-	const struct tuple *t = &p->h.tuple;
-	__u32 ifindex;
-
-	if ((t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
-	    !dnat_find(p->config, &t->dst, t->family, t->proto, t->dport, p->skb->ifindex, m))
-		return false;
-	return !m->any || route_of(p, &ifindex) == ROUTE_LOCAL;
+	plan->generation = generation_of(0);
+	return GO_ON;
 }
 
 static __noinline enum verdict error_inward(struct packet *p)
@@ -209,9 +227,8 @@ static __noinline enum verdict error_inward(struct packet *p)
 
 static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
 {
-	struct dnat_match m;
 	struct found f;
-	__u32 bridge;
+	enum verdict v;
 
 	if (p->skb->pkt_type != PACKET_HOST || is_vlan(p->skb))
 		return PASS;
@@ -239,24 +256,8 @@ static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
 		if (!opens_anew(p, &f))
 			return translate(p, &f);
 	}
-	if (is_published(p, &m)) {
-		if (p->h.fragment != FRAGMENT_NONE)
-			return drop(p, DROP_FRAGMENT);
-		if (p->h.tcp & TCP_RST)
-			return PASS;
-		/* a connection that docker-proxy carries already stays with it */
-		if (p->h.tuple.proto == IPPROTO_TCP && !(p->h.tcp & TCP_SYN) &&
-		    host_has_socket(p->skb, &p->h.tuple, false))
-			return PASS;
-		if (m.rule->flags & DNAT_ALLOW_LIST &&
-		    !rule_lists(p->config, m.rule->id, &p->h.tuple.src))
-			return drop(p, DROP_NOT_ALLOWED);
-		return translate_first(p, open_inward(p, &m), &f);
-	}
-	if (p->config->flags & CONFIG_ALLOW_DIRECT) {
-		bridge = bridge_of(&p->h.tuple.dst);
-		if (bridge && p->h.fragment == FRAGMENT_NONE)
-			return translate_first(p, open_direct(p, bridge), &f);
-	}
-	return PASS;
+	v = open_inward(p);
+	if (v == PASS && p->config->flags & CONFIG_ALLOW_DIRECT)
+		v = open_direct(p);
+	return translate_first(p, v, &f);
 }
