@@ -79,8 +79,9 @@ static __always_inline void give_back_claim(struct plan *plan)
 		mapping_drop(&plan->original, &plan->entry.claim);
 }
 
-__noinline enum created flow_create(struct __sk_buff *skb, struct plan *plan)
+__noinline enum created flow_create(struct __sk_buff *skb)
 {
+	struct plan *plan = plan_get();
 	enum created result;
 	__u64 update = BPF_NOEXIST;
 	long err;

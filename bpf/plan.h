@@ -5,9 +5,10 @@
  * made: the port that can be chosen is always the destination port of the reply tuple
  * (X:np of SNAT, W:np of DNAT), the preferred one always the original's source port.
  *
- * Without pointers, so that it can be handed to global functions, which the verifier checks
- * once and not for each way that leads to them. Too large for the 512 bytes of stack, so it lives in a per-CPU map. Programs run with
- * softirqs off: none interrupts another on its CPU.
+ * It lives in a per-CPU map. The stack has 512 bytes, and global functions, which the
+ * verifier checks once and not for each way that leads to them, find it there: memory that
+ * is handed to them may not be a map's key before kernel 6.2. Programs run with softirqs
+ * off, so none interrupts another on its CPU.
  */
 #pragma once
 

@@ -44,8 +44,9 @@ static __always_inline enum claimed claim_error(long err)
 }
 
 /* A claim that the flow which we take over still holds is replaced, not inserted. */
-__noinline long claim_insert(struct plan *plan)
+__noinline long claim_insert(void)
 {
+	struct plan *plan = plan_get();
 	struct tuple *claim;
 
 	if (!plan)
@@ -68,8 +69,9 @@ __noinline long claim_insert(struct plan *plan)
 /* A port that the host's own traffic or a published port would be cut off from. The published
  * endpoint itself may use its published port for what it sends.
  */
-__noinline bool port_is_used(struct __sk_buff *skb, struct plan *plan)
+__noinline bool port_is_used(struct __sk_buff *skb)
 {
+	struct plan *plan = plan_get();
 	const struct tuple *claim;
 	struct dnat_match *m;
 
@@ -106,7 +108,7 @@ static long try_port(__u32 i, void *context)
 	}
 	probe->tries = i;
 	claim->dport = bpf_htons(port);
-	if (plan->outside && port_is_used(probe->skb, plan))
+	if (plan->outside && port_is_used(probe->skb))
 		return 0;
 	if (plan->map) {
 		switch (mapping_make(&plan->original, claim)) {
@@ -122,7 +124,7 @@ static long try_port(__u32 i, void *context)
 			return 1;
 		}
 	}
-	err = claim_insert(plan);
+	err = claim_insert();
 	if (!err) {
 		probe->result = CLAIM_DONE;
 		return 1;
@@ -143,7 +145,7 @@ static __always_inline enum claimed claim_mapped(struct plan *plan)
 		return CLAIM_NONE;
 	port = bpf_ntohs(claim->dport);
 	if (port >= plan->first && port <= plan->last) {
-		err = claim_insert(plan);
+		err = claim_insert();
 		if (!err)
 			return CLAIM_DONE;
 	} else {

@@ -7,32 +7,42 @@
 
 #define PREFIX_ALL(type) ((sizeof(type) - sizeof(__u32)) * 8)
 
-static __always_inline const struct dnat_rule *dnat_lookup(__u32 set, const struct addr *dst,
-							   __u32 ifindex, __u8 proto, __be16 port)
-{
-	struct dnat_range_key range = {
-		.prefixlen = PREFIX_ALL(struct dnat_range_key),
-		.dst = *dst,
-		.ifindex = ifindex,
-		.proto = proto,
-		.port = port,
-	};
-	struct dnat_key one = {
-		.dst = *dst,
-		.ifindex = ifindex,
-		.port = port,
-		.proto = proto,
-	};
-	const struct dnat_rule *rule = NULL;
-	void *inner;
+/* The two keys are never needed at once, and the stack is short where this is called. */
+union dnat_any_key {
+	struct dnat_key port;
+	struct dnat_range_key range;
+};
 
-	inner = bpf_map_lookup_elem(&dnat_ports, &set);
+static __always_inline const struct dnat_rule *dnat_lookup(__u32 set, const struct tuple *t,
+							   bool any, __u32 ifindex)
+{
+	union dnat_any_key key = {};
+	const struct dnat_rule *rule = NULL;
+	void *inner = bpf_map_lookup_elem(&dnat_ports, &set);
+
+	if (!any)
+		key.port.dst = t->dst;
+	else if (t->family == FAMILY_IPV4)
+		addr_from_ipv4(&key.port.dst, 0);
+	key.port.ifindex = ifindex;
+	key.port.port = t->dport;
+	key.port.proto = t->proto;
 	if (inner)
-		rule = bpf_map_lookup_elem(inner, &one);
+		rule = bpf_map_lookup_elem(inner, &key.port);
 	if (rule)
 		return rule;
+
 	inner = bpf_map_lookup_elem(&dnat_ranges, &set);
-	return inner ? bpf_map_lookup_elem(inner, &range) : NULL;
+	__builtin_memset(&key, 0, sizeof(key));
+	key.range.prefixlen = PREFIX_ALL(struct dnat_range_key);
+	if (!any)
+		key.range.dst = t->dst;
+	else if (t->family == FAMILY_IPV4)
+		addr_from_ipv4(&key.range.dst, 0);
+	key.range.ifindex = ifindex;
+	key.range.proto = t->proto;
+	key.range.port = t->dport;
+	return inner ? bpf_map_lookup_elem(inner, &key.range) : NULL;
 }
 
 struct dnat_match {
@@ -47,24 +57,16 @@ __noinline bool dnat_find(const struct tuple *t, __u32 ifindex, struct dnat_matc
 {
 	const struct dnat_rule *rule = NULL;
 	const struct config *c;
-	struct addr dst;
-	__u32 zero = 0, set;
+	__u32 zero = 0;
 
 	if (!t || !m)
 		return false;
 	c = bpf_map_lookup_elem(&config, &zero);
 	if (!c)
 		return false;
-	set = c->rules & 1;
-	dst = t->dst;
 	for (int i = 0; i < 4 && !rule; i++) {
-		if (i == 2) {
-			__builtin_memset(&dst, 0, sizeof(dst));
-			if (t->family == FAMILY_IPV4)
-				addr_from_ipv4(&dst, 0);
-		}
 		m->any = i >= 2;
-		rule = dnat_lookup(set, &dst, i & 1 ? 0 : ifindex, t->proto, t->dport);
+		rule = dnat_lookup(c->rules & 1, t, m->any, i & 1 ? 0 : ifindex);
 	}
 	if (!rule)
 		return false;

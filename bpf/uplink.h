@@ -24,7 +24,7 @@ static __always_inline enum verdict translate_first(struct packet *p, enum verdi
 		return planned;
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
-	if (flow_create(p->skb, plan) == CREATED_NOT)
+	if (flow_create(p->skb) == CREATED_NOT)
 		return drop(p, plan->reason);
 	if (!half_find(&p->h.tuple, f, false))
 		return drop(p, DROP_ENDING);
