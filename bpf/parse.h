@@ -260,7 +260,7 @@ static __always_inline bool is_link_icmp(const struct headers *h)
 	       ((h->icmp >= 130 && h->icmp <= 137) || h->icmp == 143);
 }
 
-/* What stays on its link and is no business of a NAT (RFC 4291 section 2.5.6, RFC 3927). */
+/* What stays on its link and is no business of a NAT (RFC 4291 section 2.5.6). */
 static __always_inline bool is_local_scope(const struct headers *h)
 {
 	return addr_is_local_scope(&h->tuple.src, h->tuple.family) ||

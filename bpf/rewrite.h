@@ -115,10 +115,20 @@ static __always_inline long rewrite_ports(struct packet *p, const struct tuple *
 			__be16 sport;
 			__be16 dport;
 		} old = {from->sport, from->dport}, new = {to->sport, to->dport};
-		__u64 flags = from->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+		__u64 flags = 0, store = 0;
+
+		if (from->proto == IPPROTO_UDP) {
+			__be16 sum = 0;
+
+			/* without a checksum nothing makes up for the ports in skb->csum */
+			flags = BPF_F_MARK_MANGLED_0;
+			err |= bpf_skb_load_bytes(skb, check, &sum, sizeof(sum));
+			if (!sum)
+				store = BPF_F_RECOMPUTE_CSUM;
+		}
 
 		err |= bpf_l4_csum_replace(skb, check, *(__be32 *)&old, *(__be32 *)&new, flags | 4);
-		err |= bpf_skb_store_bytes(skb, p->h.l4, &new, sizeof(new), 0);
+		err |= bpf_skb_store_bytes(skb, p->h.l4, &new, sizeof(new), store);
 	} else {
 		bool request = is_echo_request(&p->h);
 		__be16 old = echo_id(from, request), new = echo_id(to, request);

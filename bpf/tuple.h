@@ -35,13 +35,15 @@ static __always_inline bool addr_is_loopback(const struct addr *a, enum family f
 	return !a->word[0] && !a->word[1] && !a->word[2] && a->word[3] == bpf_htonl(1);
 }
 
-/* Addresses that no router forwards: unspecified, link-local, multicast, broadcast. */
+/* Addresses that stay on their link: unspecified, multicast, broadcast, and IPv6 link-local. Not
+ * 169.254.0.0/16, which Linux forwards: a cloud's metadata service is reached that way.
+ */
 static __always_inline bool addr_is_local_scope(const struct addr *a, enum family family)
 {
 	if (family == FAMILY_IPV4) {
 		__u32 ip = bpf_ntohl(a->word[3]);
 
-		return !ip || ip == 0xffffffff || ip >> 28 == 0xe || ip >> 16 == 0xa9fe;
+		return !ip || ip == 0xffffffff || ip >> 28 == 0xe;
 	}
 	if (!a->word[0] && !a->word[1] && !a->word[2] && !a->word[3])
 		return true;
