@@ -40,7 +40,9 @@ static __noinline enum verdict open_outward(struct packet *p)
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
+	/* before the rules are read: when they change now, this flow is of the old ones */
 	plan_begin(p, plan);
+	plan->generation = generation_of(0);
 	plan->original_class = CLASS_BRIDGE;
 	plan->original_ifindex = p->skb->ingress_ifindex;
 	plan->reply_class = CLASS_UPLINK;
@@ -48,10 +50,8 @@ static __noinline enum verdict open_outward(struct packet *p)
 	rule = snat_find(p->config, &t->src, p->skb->ifindex);
 	if (!rule && !(p->config->flags & CONFIG_ROUTED))
 		return drop(p, DROP_NO_RULE);
-	if (!rule || (rule->flags & SNAT_EXCEPT && rule_lists(p->config, rule->id, &t->dst))) {
-		plan->generation = generation_of(0);
+	if (!rule || (rule->flags & SNAT_EXCEPT && rule_lists(p->config, rule->id, &t->dst)))
 		return GO_ON;
-	}
 
 	plan->translation = TRANSLATION_SNAT;
 	plan->outside = true;
@@ -94,6 +94,9 @@ static __noinline enum verdict error_outward(struct packet *p, __u32 bridge)
 
 	if (!quote_find(p, &q, &f) || f.half->class != CLASS_BRIDGE)
 		return bridge ? drop(p, DROP_ICMP_UNRELATED) : PASS;
+	/* a container speaks of what was sent to itself, not to its neighbours */
+	if (bridge && !addr_equal(&p->h.tuple.src, &q.h.tuple.dst))
+		return drop(p, DROP_ICMP_UNRELATED);
 	if (rewrite_quote(p, &q, &f.to) ||
 	    rewrite_addrs(p, bridge ? &f.to.src : &p->h.tuple.src, &p->h.tuple.dst))
 		return drop(p, DROP_REWRITE);

@@ -1,0 +1,53 @@
+package maps
+
+import (
+	"strconv"
+	"strings"
+)
+
+// Protocol is an IP protocol number.
+type Protocol uint8
+
+// The protocols that have names here.
+const (
+	ICMP   Protocol = 1
+	TCP    Protocol = 6
+	UDP    Protocol = 17
+	ICMPv6 Protocol = 58
+	SCTP   Protocol = 132
+)
+
+// String returns the protocol's name as the command line has it, or its number.
+func (p Protocol) String() string {
+	switch p {
+	case ICMP:
+		return "icmp"
+	case TCP:
+		return "tcp"
+	case UDP:
+		return "udp"
+	case ICMPv6:
+		return "icmpv6"
+	case SCTP:
+		return "sctp"
+	}
+	return strconv.Itoa(int(p))
+}
+
+// ParseProtocol reads what String writes, in any case: a name, or a number from 1 to 255.
+// Anything else is an ErrUnknownProtocol.
+func ParseProtocol(text string) (Protocol, error) {
+	for _, p := range []Protocol{ICMP, TCP, UDP, ICMPv6, SCTP} {
+		if strings.EqualFold(text, p.String()) {
+			return p, nil
+		}
+	}
+	n, err := strconv.ParseUint(text, 10, 8)
+	if err != nil || n == 0 {
+		return 0, faultf(ErrUnknownProtocol, "protocol %q: unknown: use tcp, udp, sctp, icmp, icmpv6 or a number", text)
+	}
+	return Protocol(n), nil
+}
+
+// hasPorts tells whether rules can name ports of p.
+func (p Protocol) hasPorts() bool { return p == TCP || p == UDP }
