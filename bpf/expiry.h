@@ -17,9 +17,14 @@
 #include "mapping.h"
 #include "packet.h"
 
-#define EXPIRY_PERIOD	  ((2ULL * 1000 * 1000 * 1000) >> STAMP_SHIFT)
-#define EXPIRY_BUDGET_NS  (400 * 1000) /* a tick holds its CPU no longer */
-#define EXPIRY_MAX	  1024	       /* nor takes more than that */
+#define EXPIRY_PERIOD ((2ULL * 1000 * 1000 * 1000) >> STAMP_SHIFT)
+
+/* A tick holds its CPU for the budget at most, and for no more entries than that. The next
+ * one comes the sooner the further the queue's head is behind.
+ */
+#define EXPIRY_BUDGET_NS  (300 * 1000)
+#define EXPIRY_MAX	  1024
+#define EXPIRY_LATE_NS	  (2 * 1000 * 1000)
 #define EXPIRY_BUSY_NS	  (10 * 1000 * 1000)
 #define EXPIRY_IDLE_NS	  (100 * 1000 * 1000)
 #define EXPIRY_OVERDUE_NS (10ULL * EXPIRY_IDLE_NS)
@@ -31,7 +36,7 @@ struct tick {
 	__u64 began;
 	__u32 now;
 	__u32 checked;
-	bool caught_up;
+	__u32 age; /* stamps since the head was looked at; below EXPIRY_PERIOD: caught up */
 };
 
 static __always_inline void mark_ending(struct half *original, struct half *reply, bool ending)
@@ -126,11 +131,13 @@ static long check_head(__u32 i, void *context)
 	struct expiry_entry entry;
 
 	(void)i;
-	if (bpf_map_peek_elem(&expiry_queue, &entry) ||
-	    (__s32)(tick->now - entry.checked) < (__s32)EXPIRY_PERIOD) {
-		tick->caught_up = true;
+	tick->age = 0;
+	if (bpf_map_peek_elem(&expiry_queue, &entry))
 		return 1;
-	}
+	if ((__s32)(tick->now - entry.checked) > 0)
+		tick->age = tick->now - entry.checked;
+	if (tick->age < EXPIRY_PERIOD)
+		return 1;
 	/* this timer alone pops, so it pops what it has seen */
 	bpf_map_pop_elem(&expiry_queue, &entry);
 	tick->checked++;
@@ -161,7 +168,11 @@ static int expiry_tick(void *map, int *key, struct expiry *e)
 		if (took > e->longest)
 			e->longest = took;
 	}
-	bpf_timer_start(&e->timer, tick.caught_up ? EXPIRY_IDLE_NS : EXPIRY_BUSY_NS, 0);
+	bpf_timer_start(&e->timer,
+			tick.age < EXPIRY_PERIOD       ? EXPIRY_IDLE_NS
+			: tick.age < 2 * EXPIRY_PERIOD ? EXPIRY_BUSY_NS
+						       : EXPIRY_LATE_NS,
+			0);
 	return 0;
 }
 
