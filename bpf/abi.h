@@ -87,11 +87,6 @@ enum life {
 	LIFE_BURIED = 3,
 };
 
-enum half_flag {
-	HALF_ENDING = 1,  /* own direction must look at the reply half's life word */
-	HALF_MAPPING = 2, /* the flow holds a reference to an endpoint mapping */
-} __attribute__((packed));
-
 /* One direction of a flow; the map's key is this direction's tuple. Only packets of
  * this direction write seen, packets, bytes, tcp and routed.
  */
@@ -111,8 +106,9 @@ struct half {
 	enum translation translation;
 	enum tcp_seen tcp;
 	__u32 routed; /* stamp of the last look at where the host routes it */
-	enum half_flag flags;
-	__u8 pad[3];
+	__u8 ending;  /* own direction must look at the reply half's life word */
+	__u8 mapped;  /* reply half only: the flow holds its endpoint's mapping */
+	__u16 pad;
 	__u8 lease[8]; /* room for the fast path's lease: an element is 192 bytes so far */
 };
 
@@ -135,10 +131,10 @@ struct mapping_key {
 
 struct mapping {
 	struct addr addr; /* the other side's address */
+	__u64 hold;	  /* inside entry: id << 32 | flows that hold it; 0 flows: being deleted */
 	__be16 port;	  /* the other side's port */
 	__u16 pad;
-	__u32 id;
-	__u32 flows; /* inside entry: flows that hold it; 0: it is being deleted */
+	__u32 pad2;
 };
 
 /* An element of the expiry queue: the reply tuple of a flow, which is its claim. */
@@ -152,8 +148,11 @@ struct expiry {
 	struct bpf_timer timer;
 	__u64 last_tick; /* ns since boot */
 	__u64 ticks;
-	__u64 longest; /* ns of the longest tick */
-	__u64 checked; /* entries looked at so far */
+	__u64 longest;		     /* ns of the longest tick */
+	__u64 checked;		     /* entries looked at so far */
+	struct expiry_entry carried; /* popped, and not taken back by a full queue */
+	__u32 carrying;
+	__u32 pad;
 };
 
 /* Rules. An any-address destination is all zero behind the IPv4 prefix or 16 zero bytes. */
@@ -268,8 +267,8 @@ enum config_flag {
 	CONFIG_ROUTED = 8,	   /* no masquerade: no rule means untranslated */
 };
 
-/* Written by Go as a whole under the instance's lock; the kernel copies 8 bytes at a
- * time, so each of the first three is changed at once: live is the commit.
+/* Written by Go as a whole, under the instance's lock. live and rules change in one byte, so
+ * a program reads the old value or the new one: live is the commit of an attach.
  */
 struct config {
 	__u64 live;  /* 0: the programs pass every packet on */
@@ -325,7 +324,7 @@ _Static_assert(sizeof(struct addr) == 16, "addr");
 _Static_assert(sizeof(struct tuple) == 40, "tuple");
 _Static_assert(sizeof(struct half) == 104, "half: 48 + 40 + 104 = kmalloc-192");
 _Static_assert(sizeof(struct mapping_key) == 36, "mapping_key");
-_Static_assert(sizeof(struct mapping) == 28, "mapping");
+_Static_assert(sizeof(struct mapping) == 32, "mapping");
 _Static_assert(sizeof(struct expiry_entry) == 48, "expiry_entry");
 _Static_assert(sizeof(struct dnat_key) == 24, "dnat_key");
 _Static_assert(sizeof(struct dnat_range_key) == 28, "dnat_range_key");

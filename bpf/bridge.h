@@ -9,8 +9,6 @@
 #include "icmp.h"
 #include "parse.h"
 
-#define ROUTE_CHECK_STAMPS (1000000000ULL >> STAMP_SHIFT) /* once a second a flow */
-
 /* A malformed packet of a container ends here: nobody could say later whose it is. */
 static __always_inline enum verdict parse_inside(struct packet *p, __u32 l3)
 {
@@ -41,10 +39,8 @@ static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3)
 		return drop(p, DROP_LOOPBACK);
 	if (bridge_of(&p->h.tuple.src) != p->skb->ifindex)
 		return drop(p, DROP_SPOOFED_ADDRESS);
-	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE)
-		return guard_route(p);
-
-	if (!half_find(&p->h.tuple, &f, false) ||
+	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE ||
+	    !half_find(&p->h.tuple, &f, false) ||
 	    !half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex)) {
 		if (is_foreign_mac(p))
 			return drop(p, DROP_SPOOFED_MAC);
@@ -81,7 +77,6 @@ static __always_inline bool belongs(struct packet *p)
 
 static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 {
-	const struct device *from;
 	__u32 ifindex = p->skb->ingress_ifindex;
 	enum verdict v;
 
@@ -94,8 +89,7 @@ static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 		return PASS; /* from this bridge, by the host: a route back */
 	if (p->h.fragment == FRAGMENT_NONE && p->h.kind != KIND_OTHER && belongs(p))
 		return PASS;
-	from = bpf_map_lookup_elem(&devices, &ifindex);
-	if (from && from->class == CLASS_BRIDGE)
+	if (is_bridge(ifindex))
 		return p->config->flags & CONFIG_NO_ISOLATION ? PASS : drop(p, DROP_ISOLATED);
 	if (p->h.fragment != FRAGMENT_NONE)
 		return drop(p, DROP_FRAGMENT);

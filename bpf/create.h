@@ -4,9 +4,10 @@
  *  1. an ended flow on the same original tuple: own its end, or give up;
  *  2. claim the reply tuple (port.h) with the reply half;
  *  3. queue the claim for the expiry: from now on it will be cleaned up;
- *  4. insert the original half with BPF_NOEXIST. When another CPU was faster, give back the
- *     own claim, which no packet has seen yet, and use the winner's flow: no packet is
- *     lost to a race.
+ *  4. insert the original half with BPF_NOEXIST.
+ * When another CPU makes the same flow at that moment, the slower one finds either the claim
+ * taken, and helps to finish the other's flow, or the original half: then it gives back its
+ * own claim, which no packet has seen yet. No packet is lost to a race.
  */
 #pragma once
 
@@ -29,14 +30,14 @@ static __always_inline enum created own_ended(struct plan *plan)
 {
 	struct half *half = bpf_map_lookup_elem(&flows, &plan->original);
 	struct half *reply;
-	__u32 was, id;
+	__u32 was;
 
 	if (!half)
 		return CREATED;
 	plan->old_claim = half->other;
-	id = half->id;
+	plan->old_id = half->id;
 	reply = bpf_map_lookup_elem(&flows, &plan->old_claim);
-	if (!reply || reply->id != id || half->id != id || half->role != ROLE_ORIGINAL)
+	if (!reply || reply->id != plan->old_id || half->role != ROLE_ORIGINAL)
 		return CREATED_NOT; /* deleted at this moment */
 	was = reply->life;
 	if (was > LIFE_ENDING)
@@ -47,33 +48,39 @@ static __always_inline enum created own_ended(struct plan *plan)
 		plan->reason = DROP_SPOOFED_ADDRESS;
 		return CREATED_NOT;
 	}
-	if (__sync_val_compare_and_swap((__u32 *)&reply->life, was, LIFE_DEAD) != was)
+	if (swap_life(reply, was, LIFE_DEAD) != was)
 		return CREATED_NOT;
 	plan->takeover = true;
-	plan->old_mapped = reply->flags & HALF_MAPPING;
+	plan->old_mapped = reply->mapped;
 	count(FLOWS_TAKEN_OVER);
 	return CREATED;
 }
 
-static __always_inline void fill_half(struct plan *plan)
+static __always_inline void fill_half(struct plan *plan, enum role role)
 {
 	struct half *half = &plan->half;
+	bool original = role == ROLE_ORIGINAL;
 
 	__builtin_memset(half, 0, sizeof(*half));
+	half->other = original ? plan->entry.claim : plan->original;
 	half->id = plan->entry.id;
 	half->rule = plan->rule;
 	half->generation = plan->generation;
 	half->seen = plan->now;
-	half->routed = plan->now;
 	half->translation = plan->translation;
+	half->role = role;
+	half->class = original ? plan->original_class : plan->reply_class;
+	half->ifindex = original ? plan->original_ifindex : plan->reply_ifindex;
+	/* the original's first packet is here: its route is known; the reply's is asked for */
+	half->routed = original ? plan->now : plan->now - ROUTE_CHECK_STAMPS;
+	half->mapped = !original && plan->map;
 }
 
+/* What we have claimed, and the original half that we own the end of. */
 static __always_inline void give_back_claim(struct plan *plan)
 {
-	struct half *reply = bpf_map_lookup_elem(&flows, &plan->entry.claim);
-
-	if (!reply || reply->id != plan->entry.id)
-		return;
+	if (plan->takeover)
+		bpf_map_delete_elem(&flows, &plan->original);
 	bpf_map_delete_elem(&flows, &plan->entry.claim);
 	if (plan->map)
 		mapping_drop(&plan->original, &plan->entry.claim);
@@ -83,7 +90,8 @@ __noinline enum created flow_create(struct __sk_buff *skb)
 {
 	struct plan *plan = plan_get();
 	enum created result;
-	__u64 update = BPF_NOEXIST;
+	enum claimed claimed;
+	struct half *other;
 	long err;
 
 	if (!plan)
@@ -95,52 +103,39 @@ __noinline enum created flow_create(struct __sk_buff *skb)
 
 	plan->entry.id = bpf_get_prandom_u32();
 	plan->entry.checked = plan->now;
-	fill_half(plan);
-	plan->half.other = plan->original;
-	plan->half.role = ROLE_REPLY;
-	plan->half.class = plan->reply_class;
-	plan->half.ifindex = plan->reply_ifindex;
-	if (plan->map)
-		plan->half.flags = HALF_MAPPING;
-	switch (claim(skb, plan)) {
-	case CLAIM_DONE:
-		break;
-	case CLAIM_FULL:
-		plan->reason = DROP_TABLE_FULL;
-		return CREATED_NOT;
-	case CLAIM_NO_MEMORY:
-		plan->reason = DROP_NO_MEMORY;
-		return CREATED_NOT;
-	default:
-		plan->reason = DROP_NO_PORT;
+	fill_half(plan, ROLE_REPLY);
+	claimed = claim(skb, plan);
+	if (claimed != CLAIM_DONE && claimed != CLAIM_SAME) {
+		plan->reason = claimed == CLAIM_FULL	    ? DROP_TABLE_FULL
+			       : claimed == CLAIM_NO_MEMORY ? DROP_NO_MEMORY
+							    : DROP_NO_PORT;
 		return CREATED_NOT;
 	}
-
-	if (bpf_map_push_elem(&expiry_queue, &plan->entry, 0)) {
+	if (claimed == CLAIM_DONE && !plan->queued &&
+	    bpf_map_push_elem(&expiry_queue, &plan->entry, 0)) {
 		give_back_claim(plan);
 		plan->reason = DROP_TABLE_FULL;
 		return CREATED_NOT;
 	}
 
-	fill_half(plan);
-	plan->half.other = plan->entry.claim;
-	plan->half.role = ROLE_ORIGINAL;
-	plan->half.class = plan->original_class;
-	plan->half.ifindex = plan->original_ifindex;
+	fill_half(plan, ROLE_ORIGINAL);
 	plan->half.guard = new_guard(&plan->original, &plan->entry.claim, plan->entry.id);
-	if (plan->takeover)
-		update = BPF_EXIST;
-	err = bpf_map_update_elem(&flows, &plan->original, &plan->half, update);
-	if (err) {
-		give_back_claim(plan);
-		if (err == -17 /* EEXIST */) {
-			count(FLOWS_RACED);
-			return CREATED_BY_OTHERS;
-		}
-		plan->reason = claim_error(err) == CLAIM_NO_MEMORY ? DROP_NO_MEMORY
-								   : DROP_TABLE_FULL;
-		return CREATED_NOT;
+	err = bpf_map_update_elem(&flows, &plan->original, &plan->half,
+				  plan->takeover ? BPF_EXIST : BPF_NOEXIST);
+	if (!err) {
+		count(FLOWS_CREATED);
+		return CREATED;
 	}
-	count(FLOWS_CREATED);
-	return CREATED;
+	if (err == -17 /* EEXIST */) {
+		count(FLOWS_RACED);
+		other = bpf_map_lookup_elem(&flows, &plan->original);
+		/* unless it is the same flow, which both have helped to make */
+		if (claimed == CLAIM_DONE && (!other || other->id != plan->entry.id))
+			give_back_claim(plan);
+		return CREATED_BY_OTHERS;
+	}
+	if (claimed == CLAIM_DONE)
+		give_back_claim(plan);
+	plan->reason = claim_error(err) == CLAIM_NO_MEMORY ? DROP_NO_MEMORY : DROP_TABLE_FULL;
+	return CREATED_NOT;
 }

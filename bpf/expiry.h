@@ -33,6 +33,7 @@
 
 struct tick {
 	const struct config *config;
+	struct expiry *expiry;
 	__u64 began;
 	__u32 now;
 	__u32 checked;
@@ -41,27 +42,19 @@ struct tick {
 
 static __always_inline void mark_ending(struct half *original, struct half *reply, bool ending)
 {
-	if (ending) {
-		original->flags |= HALF_ENDING;
-		reply->flags |= HALF_ENDING;
-	} else {
-		original->flags &= ~HALF_ENDING;
-		reply->flags &= ~HALF_ENDING;
-	}
+	original->ending = ending;
+	reply->ending = ending;
 }
 
-static __always_inline __u32 swap_life(struct half *reply, __u32 from, __u32 to)
+/* original is NULL when that half is gone, or of another flow by now. */
+static __always_inline void delete_flow(const struct tuple *key, const struct half *original,
+					const struct tuple *claim, bool mapped)
 {
-	return __sync_val_compare_and_swap((__u32 *)&reply->life, from, to);
-}
-
-static __always_inline void delete_flow(const struct tuple *original, const struct tuple *claim,
-					bool mapped)
-{
-	bpf_map_delete_elem(&flows, original);
+	if (original)
+		bpf_map_delete_elem(&flows, key);
 	bpf_map_delete_elem(&flows, claim);
 	if (mapped)
-		mapping_drop(original, claim);
+		mapping_drop(key, claim);
 	count(FLOWS_ENDED);
 }
 
@@ -72,66 +65,74 @@ static __always_inline bool check_flow(const struct tick *tick, const struct exp
 	struct half *original;
 	struct tuple key;
 	bool mapped, over;
+	__u32 life;
 
 	if (!reply || reply->id != entry->id)
 		return false; /* given back, or replaced by a flow with an entry of its own */
 	key = reply->other;
-	mapped = reply->flags & HALF_MAPPING;
+	mapped = reply->mapped;
+	life = reply->life;
 	original = bpf_map_lookup_elem(&flows, &key);
 	if (original && original->id != entry->id)
 		original = NULL;
-
-	switch (reply->life) {
-	case LIFE_DEAD:
-		/* taken over by a packet that may still be at it */
-		reply->life = LIFE_BURIED;
-		return true;
-	case LIFE_BURIED:
-		if (original) {
-			delete_flow(&key, &entry->claim, mapped);
-			return false;
-		}
-		bpf_map_delete_elem(&flows, &entry->claim);
-		if (mapped)
-			mapping_drop(&key, &entry->claim);
-		count(FLOWS_ENDED);
+	if (life == LIFE_BURIED) {
+		delete_flow(&key, original, &entry->claim, mapped);
 		return false;
-	case LIFE_ENDING:
-		if (!original)
-			break;
-		over = flow_over(tick->config, &key, original, reply, tick->now);
-		if (!over) {
-			swap_life(reply, LIFE_ENDING, LIFE_LIVE);
-			mark_ending(original, reply, false);
-			return true;
-		}
-		if (swap_life(reply, LIFE_ENDING, LIFE_DEAD) != LIFE_ENDING)
-			return true;
-		delete_flow(&key, &entry->claim, mapped);
-		return false;
-	default:
-		/* no original half: it is being made just now, or its maker lost a race */
-		over = flow_over(tick->config, &key, original ? original : reply, reply, tick->now);
-		if (!over)
-			return true;
-		if (original) {
-			if (swap_life(reply, LIFE_LIVE, LIFE_ENDING) == LIFE_LIVE)
-				mark_ending(original, reply, true);
-			return true;
-		}
-		break;
 	}
-	swap_life(reply, reply->life, LIFE_BURIED);
-	return true;
+	if (life == LIFE_DEAD) {
+		/* taken over by a packet that may still be at it */
+		swap_life(reply, LIFE_DEAD, LIFE_BURIED);
+		return true;
+	}
+	/* without an original half it is being made just now, or its maker lost a race */
+	over = flow_over(tick->config, &key, original ? original : reply, reply, tick->now);
+	if (!original) {
+		if (over)
+			swap_life(reply, life, LIFE_BURIED);
+		return true;
+	}
+	if (!over) {
+		if (life == LIFE_ENDING && swap_life(reply, LIFE_ENDING, LIFE_LIVE) == LIFE_ENDING)
+			mark_ending(original, reply, false);
+		return true;
+	}
+	if (life == LIFE_LIVE) {
+		if (swap_life(reply, LIFE_LIVE, LIFE_ENDING) == LIFE_LIVE)
+			mark_ending(original, reply, true);
+		return true;
+	}
+	if (swap_life(reply, LIFE_ENDING, LIFE_DEAD) != LIFE_ENDING)
+		return true; /* revived */
+	delete_flow(&key, original, &entry->claim, mapped);
+	return false;
+}
+
+/* A creator may take the place in a full queue that an entry was popped from: then the entry
+ * waits here, and nothing more is popped until it is back.
+ */
+static __always_inline bool put_back(struct expiry *e, const struct expiry_entry *entry)
+{
+	if (!bpf_map_push_elem(&expiry_queue, entry, 0))
+		return true;
+	e->carried = *entry;
+	e->carrying = true;
+	return false;
 }
 
 static long check_head(__u32 i, void *context)
 {
 	struct tick *tick = context;
 	struct expiry_entry entry;
+	struct expiry *e = tick->expiry;
 
 	(void)i;
 	tick->age = 0;
+	if (e->carrying) {
+		entry = e->carried;
+		e->carrying = false;
+		if (!put_back(e, &entry))
+			return 1;
+	}
 	if (bpf_map_peek_elem(&expiry_queue, &entry))
 		return 1;
 	if ((__s32)(tick->now - entry.checked) > 0)
@@ -143,7 +144,8 @@ static long check_head(__u32 i, void *context)
 	tick->checked++;
 	if (check_flow(tick, &entry)) {
 		entry.checked = tick->now;
-		bpf_map_push_elem(&expiry_queue, &entry, 0);
+		if (!put_back(e, &entry))
+			return 1;
 	}
 	return bpf_ktime_get_ns() - tick->began > EXPIRY_BUDGET_NS;
 }
@@ -158,6 +160,7 @@ static int expiry_tick(void *map, int *key, struct expiry *e)
 	(void)key;
 	tick.config = bpf_map_lookup_elem(&config, &zero);
 	if (tick.config) {
+		tick.expiry = e;
 		tick.began = bpf_ktime_get_ns();
 		tick.now = tick.began >> STAMP_SHIFT;
 		bpf_loop(EXPIRY_MAX, check_head, &tick, 0);

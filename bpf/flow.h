@@ -26,6 +26,9 @@ static __always_inline __u32 new_guard(const struct tuple *key, const struct tup
 	return half_guard(key, &to, id);
 }
 
+/* How often from_bridge asks where the host routes a flow: once a second. */
+#define ROUTE_CHECK_STAMPS (1000000000ULL >> STAMP_SHIFT)
+
 struct found {
 	struct half *half;
 	struct tuple to; /* what a packet of this direction leaves as: the inverse of half->other */
@@ -47,10 +50,10 @@ static __always_inline bool flow_revive(struct half *half, __u32 id)
 
 	if (!reply)
 		return false;
-	was = __sync_val_compare_and_swap((__u32 *)&reply->life, LIFE_ENDING, LIFE_LIVE);
+	was = swap_life(reply, LIFE_ENDING, LIFE_LIVE);
 	if (was != LIFE_ENDING && was != LIFE_LIVE)
 		return false;
-	half->flags &= ~HALF_ENDING;
+	half->ending = false;
 	if (was == LIFE_ENDING)
 		count(FLOWS_REVIVED);
 	return true;
@@ -73,7 +76,7 @@ static __always_inline bool half_find(const struct tuple *key, struct found *f, 
 		return false;
 	if (!rule_current(half->rule, half->generation))
 		return false;
-	if (!peek && half->flags & HALF_ENDING && !flow_revive(half, f->id))
+	if (!peek && half->ending && !flow_revive(half, f->id))
 		return false;
 	f->half = half;
 	return true;
@@ -99,8 +102,8 @@ static __always_inline bool opens_anew(const struct packet *p, const struct foun
 	return other && flow_closed(f->half, other);
 }
 
-/* Several CPUs may carry packets of one direction: the sums are atomic, the rest is
- * written only when it changes, and any writer's value is right.
+/* Several CPUs may carry packets of one direction: the sums are atomic, the rest is written
+ * only when it changes, which is seldom enough.
  */
 static __always_inline void half_see(const struct packet *p, struct half *half)
 {

@@ -36,8 +36,14 @@ static __always_inline enum timeout tcp_timeout(const struct half *original,
 	return TIMEOUT_TCP_TRANSITORY;
 }
 
-/* RFC 4787 REQ-5: at least 2 min, 5 min by default; 5a lets flows to well-known ports (DNS)
- * have a time of their own. RFC 5508 REQ-2: ICMP queries at least 60 s.
+/* Queries that have one answer. Not all ports below 1024: QUIC and IKE idle for longer. */
+static __always_inline bool is_well_known(__be16 port)
+{
+	return port == bpf_htons(53) || port == bpf_htons(123);
+}
+
+/* RFC 4787 REQ-5: at least 2 min, 5 min by default; 5a lets well-known ports have a time of
+ * their own by application: DNS and NTP do. RFC 5508 REQ-2: ICMP queries at least 60 s.
  */
 static __always_inline enum timeout
 flow_timeout(const struct tuple *key, const struct half *original, const struct half *reply)
@@ -46,7 +52,7 @@ flow_timeout(const struct tuple *key, const struct half *original, const struct 
 		return tcp_timeout(original, reply);
 	if (key->proto != IPPROTO_UDP)
 		return TIMEOUT_ICMP;
-	if (original->translation != TRANSLATION_DNAT && bpf_ntohs(key->dport) < 1024)
+	if (original->translation != TRANSLATION_DNAT && is_well_known(key->dport))
 		return TIMEOUT_UDP_WELL_KNOWN;
 	return reply->packets ? TIMEOUT_UDP : TIMEOUT_UDP_NEW;
 }
@@ -80,4 +86,10 @@ static __always_inline bool flow_over(const struct config *config, const struct 
 	if (idle_reply < idle)
 		idle = idle_reply;
 	return which < TIMEOUT_COUNT && idle > (__s32)config->timeout[which];
+}
+
+/* Returns what the life word was: the swap took place if that is from. */
+static __always_inline __u32 swap_life(struct half *reply, __u32 from, __u32 to)
+{
+	return __sync_val_compare_and_swap((__u32 *)&reply->life, from, to);
 }

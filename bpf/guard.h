@@ -6,6 +6,13 @@
 #include "route.h"
 #include "rule.h"
 
+static __always_inline bool is_bridge(__u32 ifindex)
+{
+	const struct device *device = bpf_map_lookup_elem(&devices, &ifindex);
+
+	return device && device->class == CLASS_BRIDGE;
+}
+
 static __always_inline void note_unmanaged(__u32 ifindex)
 {
 	__u64 one = 1, *n = bpf_map_lookup_elem(&unmanaged, &ifindex);
@@ -29,7 +36,7 @@ static __always_inline enum verdict guard_local(struct packet *p)
 	if ((t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
 	    !dnat_find(t, p->skb->ifindex, &m))
 		return PASS;
-	return host_has_socket(p->skb, t, true) ? PASS : drop(p, DROP_HAIRPIN);
+	return host_has_socket(p->skb, t, SOCKET_ANY) ? PASS : drop(p, DROP_HAIRPIN);
 }
 
 /* Devices come and go without us, and one that has no programs would let a container's address
@@ -55,7 +62,8 @@ static __always_inline enum verdict guard_route(struct packet *p)
 	if (!device) {
 		if (p->config->flags & CONFIG_PASS_UNMANAGED)
 			return PASS;
-		note_unmanaged(ifindex);
+		if (ifindex)
+			note_unmanaged(ifindex);
 		return drop(p, DROP_NO_UPLINK);
 	}
 	if (device->class == CLASS_BRIDGE && !(p->config->flags & CONFIG_NO_ISOLATION))

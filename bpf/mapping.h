@@ -34,31 +34,30 @@ static __always_inline void mapping_outside(struct mapping_key *key, const struc
 
 /* Takes part in the endpoint's mapping, if it has one that is not being deleted: reply->dst is
  * the outside address, reply->dport becomes the outside port.
+ *
+ * The element may be deleted and its memory become another mapping's at any moment until we
+ * hold it. The second lookup says that the word read before was ours, or else was of another
+ * id; the swap then says that it still is.
  */
 __noinline bool mapping_hold(const struct tuple *original, struct tuple *reply)
 {
 	struct mapping_key inside;
 	struct mapping *m;
-	__u32 held;
+	__u64 hold;
 
 	if (!original || !reply)
 		return false;
 	mapping_inside(&inside, original, &reply->dst);
-	m = bpf_map_lookup_elem(&mappings, &inside);
-
-	if (!m)
-		return false;
-	reply->dport = m->port;
 	for (int i = 0; i < MAPPING_HOLD_TRIES; i++) {
-		held = m->flows;
-		if (!held)
+		m = bpf_map_lookup_elem(&mappings, &inside);
+		if (!m)
 			return false;
-		if (__sync_val_compare_and_swap(&m->flows, held, held + 1) == held) {
-			/* the memory may have become another mapping's: give that one back */
-			if (bpf_map_lookup_elem(&mappings, &inside) == m && m->port == reply->dport)
-				return true;
-			__sync_fetch_and_add(&m->flows, -1);
+		hold = *(volatile __u64 *)&m->hold;
+		if (!(__u32)hold || bpf_map_lookup_elem(&mappings, &inside) != m)
 			return false;
+		if (__sync_val_compare_and_swap(&m->hold, hold, hold + 1) == hold) {
+			reply->dport = m->port;
+			return true;
 		}
 	}
 	return false;
@@ -73,7 +72,7 @@ __noinline int mapping_drop(const struct tuple *original, const struct tuple *re
 		return 0;
 	mapping_inside(&key, original, &reply->dst);
 	m = bpf_map_lookup_elem(&mappings, &key);
-	if (!m || __sync_fetch_and_add(&m->flows, -1) != 1)
+	if (!m || (__u32)__sync_fetch_and_add(&m->hold, -1) != 1)
 		return 0;
 	bpf_map_delete_elem(&mappings, &key);
 	mapping_outside(&key, &reply->dst, reply->dport, reply->proto);
@@ -107,7 +106,7 @@ __noinline enum mapped mapping_make(const struct tuple *original, const struct t
 	mapping_inside(&key, original, &reply->dst);
 	m.addr = reply->dst;
 	m.port = reply->dport;
-	m.flows = 1;
+	m.hold = (__u64)bpf_get_prandom_u32() << 32 | 1;
 	err = bpf_map_update_elem(&mappings, &key, &m, BPF_NOEXIST);
 	if (!err) {
 		count(MAPPINGS_CREATED);

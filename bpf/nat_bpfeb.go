@@ -162,6 +162,9 @@ type NATExpiry struct {
 	Ticks    uint64
 	Longest  uint64
 	Checked  uint64
+	Carried  NATExpiryEntry
+	Carrying uint32
+	Pad      uint32
 }
 
 type NATExpiryEntry struct {
@@ -195,17 +198,11 @@ type NATHalf struct {
 	Translation NATTranslation
 	Tcp         NATTcpSeen
 	Routed      uint32
-	Flags       NATHalfFlag
-	Pad         [3]uint8
+	Ending      uint8
+	Mapped      uint8
+	Pad         uint16
 	Lease       [8]uint8
 }
-
-type NATHalfFlag uint8
-
-const (
-	NATHalfFlagHALF_ENDING  NATHalfFlag = 1
-	NATHalfFlagHALF_MAPPING NATHalfFlag = 2
-)
 
 type NATLife uint32
 
@@ -217,12 +214,12 @@ const (
 )
 
 type NATMapping struct {
-	_     structs.HostLayout
-	Addr  NATAddr
-	Port  uint16
-	Pad   uint16
-	Id    uint32
-	Flows uint32
+	_    structs.HostLayout
+	Addr NATAddr
+	Hold uint64
+	Port uint16
+	Pad  uint16
+	Pad2 uint32
 }
 
 type NATMappingKey struct {
@@ -264,11 +261,11 @@ type NATPlan struct {
 	Outside         uint8
 	Takeover        uint8
 	OldMapped       uint8
-	Pad             uint8
+	Queued          uint8
 	OldClaim        NATTuple
+	OldId           uint32
 	Reason          NATCounter
 	Now             uint32
-	_               [4]byte
 }
 
 type NATRole uint8

@@ -42,6 +42,8 @@ struct headers {
 	__u8 fragment; /* enum fragment */
 	__u8 tcp;      /* flags byte of the TCP header */
 	__u8 icmp;     /* type of the ICMP message */
+	__u8 tos;      /* of IPv4 */
+	__u8 pad[3];
 };
 
 struct packet {

@@ -126,15 +126,27 @@ static __always_inline enum parsed parse_transport(struct __sk_buff *skb, struct
 
 static __always_inline enum parsed parse_ipv4(struct __sk_buff *skb, struct headers *h, bool quoted)
 {
-	struct iphdr ip;
+	/* struct iphdr has bit fields, and the headers here are those of the build's host */
+	struct {
+		__u8 version; /* and length */
+		__u8 tos;
+		__be16 total;
+		__be16 id;
+		__be16 fragment;
+		__u8 ttl;
+		__u8 proto;
+		__sum16 checksum;
+		__be32 src;
+		__be32 dst;
+	} ip;
 	__u32 total, header;
 	__u16 fragment;
 
 	if (bpf_skb_load_bytes(skb, h->l3, &ip, sizeof(ip)) < 0)
 		return PARSED_MALFORMED;
-	header = ip.ihl * 4;
-	total = bpf_ntohs(ip.tot_len);
-	if (ip.version != 4 || header < sizeof(ip))
+	header = (ip.version & 15) * 4;
+	total = bpf_ntohs(ip.total);
+	if (ip.version >> 4 != 4 || header < sizeof(ip))
 		return PARSED_MALFORMED;
 	if (!quoted) {
 		/* BIG TCP: a GSO packet over 64 KB has a length of 0 */
@@ -144,13 +156,14 @@ static __always_inline enum parsed parse_ipv4(struct __sk_buff *skb, struct head
 			return PARSED_MALFORMED;
 		h->end = h->l3 + total;
 	}
-	addr_from_ipv4(&h->tuple.src, ip.saddr);
-	addr_from_ipv4(&h->tuple.dst, ip.daddr);
+	addr_from_ipv4(&h->tuple.src, ip.src);
+	addr_from_ipv4(&h->tuple.dst, ip.dst);
 	h->tuple.family = FAMILY_IPV4;
-	h->tuple.proto = ip.protocol;
+	h->tuple.proto = ip.proto;
+	h->tos = ip.tos;
 	h->tuple.pad = 0;
 	h->l4 = h->l3 + header;
-	fragment = bpf_ntohs(ip.frag_off);
+	fragment = bpf_ntohs(ip.fragment);
 	h->fragment = fragment & 0x1fff	  ? FRAGMENT_LATER
 		      : fragment & 0x2000 ? FRAGMENT_FIRST
 					  : FRAGMENT_NONE;
@@ -176,8 +189,8 @@ static __always_inline enum parsed parse_ipv6(struct __sk_buff *skb, struct head
 	if (!quoted) {
 		__u32 payload = bpf_ntohs(ip.payload);
 
-		/* jumbograms and BIG TCP have a length of 0 */
-		if (!payload)
+		/* BIG TCP has a length of 0, as in IPv4 */
+		if (!payload && skb->gso_size)
 			payload = skb->len - at;
 		if (at + payload > skb->len)
 			return PARSED_MALFORMED;
@@ -186,6 +199,7 @@ static __always_inline enum parsed parse_ipv6(struct __sk_buff *skb, struct head
 	if (addr_is_v4_mapped(&h->tuple.src) || addr_is_v4_mapped(&h->tuple.dst))
 		return PARSED_V4_MAPPED;
 	h->fragment = FRAGMENT_NONE;
+	h->tos = 0;
 	next = ip.next;
 	for (int i = 0; i < EXTENSIONS_MAX; i++) {
 		struct {

@@ -34,9 +34,10 @@ struct plan {
 	__u8 outside;  /* the claim's destination is an address of the host */
 	__u8 takeover; /* an ended flow with the same original tuple is replaced */
 	__u8 old_mapped;
-	__u8 pad;
+	__u8 queued;		/* the expiry queue has the flow's entry already */
 	struct tuple old_claim; /* of that flow */
-	enum counter reason;	/* why no flow was made */
+	__u32 old_id;
+	enum counter reason; /* why no flow was made */
 	__u32 now;
 };
 
@@ -64,6 +65,7 @@ static __always_inline void plan_begin(const struct packet *p, struct plan *plan
 	plan->map = false;
 	plan->outside = false;
 	plan->takeover = false;
+	plan->queued = false;
 	plan->reason = DROP_ENDING;
 	plan->now = p->now;
 	plan->first = plan->last = bpf_ntohs(p->h.tuple.sport);

@@ -3,8 +3,9 @@
  *
  *  1. an endpoint that has a mapping keeps its port;
  *  2. else the original's own source port, where it is allowed and free;
- *  3. else ports from a start that a keyed hash gives, PORT_TRIES at most: a search of the
- *     whole range in softirq would hold the CPU (nf_nat_l4proto_unique_tuple says the same);
+ *  3. else ports that a keyed hash gives, PORT_TRIES at most: a search of the whole range in
+ *     softirq would hold the CPU (nf_nat_l4proto_unique_tuple says the same). Spread over the
+ *     range, since hosts take their ports in runs;
  *  4. UDP only: when no port is free for one endpoint alone, one shared by destination
  *     (RFC 7857 section 3), counted.
  *
@@ -20,6 +21,7 @@
 enum claimed {
 	CLAIM_NONE, /* no try succeeded so far */
 	CLAIM_DONE,
+	CLAIM_SAME,   /* another CPU has claimed it for this very flow */
 	CLAIM_OTHERS, /* another CPU gave the endpoint a mapping meanwhile */
 	CLAIM_FULL,
 	CLAIM_NO_MEMORY,
@@ -28,7 +30,7 @@ enum claimed {
 struct probe {
 	struct __sk_buff *skb;
 	struct plan *plan;
-	__u32 start;
+	__u64 hash;
 	__u32 size;
 	enum claimed result;
 	__u32 tries;
@@ -43,27 +45,53 @@ static __always_inline enum claimed claim_error(long err)
 	return CLAIM_NONE;
 }
 
-/* A claim that the flow which we take over still holds is replaced, not inserted. */
-__noinline long claim_insert(void)
+/* Two packets that begin one flow on two CPUs: who comes second finds its claim taken by the
+ * first, and goes on with the first one's flow.
+ */
+static __always_inline bool claimed_for_us(struct plan *plan)
+{
+	struct half *reply = bpf_map_lookup_elem(&flows, &plan->entry.claim);
+
+	if (!reply || reply->role != ROLE_REPLY || reply->life != LIFE_LIVE ||
+	    !tuple_equal(&reply->other, &plan->original) ||
+	    !rule_current(reply->rule, reply->generation))
+		return false;
+	plan->entry.id = reply->id;
+	return true;
+}
+
+/* A claim that the flow which we take over still holds is replaced, and keeps the flow's id:
+ * its entry in the expiry queue stays good.
+ */
+__noinline enum claimed claim_insert(void)
 {
 	struct plan *plan = plan_get();
 	struct tuple *claim;
+	long err;
 
 	if (!plan)
-		return -1;
+		return CLAIM_NO_MEMORY;
 	claim = &plan->entry.claim;
-
-	plan->half.guard = new_guard(claim, &plan->original, plan->entry.id);
 	if (plan->takeover && tuple_equal(claim, &plan->old_claim)) {
-		long err = bpf_map_update_elem(&flows, claim, &plan->half, BPF_EXIST);
-
-		if (!err) {
-			if (plan->old_mapped)
-				mapping_drop(&plan->original, &plan->old_claim);
-			return 0;
-		}
+		plan->half.id = plan->old_id;
+		plan->half.guard = new_guard(claim, &plan->original, plan->old_id);
+		err = bpf_map_update_elem(&flows, claim, &plan->half, BPF_EXIST);
+		if (err)
+			return claim_error(err);
+		plan->entry.id = plan->old_id;
+		plan->queued = true;
+		if (plan->old_mapped)
+			mapping_drop(&plan->original, claim);
+		return CLAIM_DONE;
 	}
-	return bpf_map_update_elem(&flows, claim, &plan->half, BPF_NOEXIST);
+	plan->half.id = plan->entry.id;
+	plan->half.guard = new_guard(claim, &plan->original, plan->entry.id);
+	err = bpf_map_update_elem(&flows, claim, &plan->half, BPF_NOEXIST);
+	if (!err)
+		return CLAIM_DONE;
+	if (err == -17 /* EEXIST */ && !plan->takeover && claimed_for_us(plan))
+		return CLAIM_SAME;
+	return claim_error(err);
 }
 
 /* A port that the host's own traffic or a published port would be cut off from. The published
@@ -85,7 +113,7 @@ __noinline bool port_is_used(struct __sk_buff *skb)
 	    !(addr_equal(&m->rule.to, &plan->original.src) &&
 	      dnat_port(&m->rule, claim->dport) == plan->original.sport))
 		return true;
-	return host_has_socket(skb, claim, false);
+	return host_has_socket(skb, claim, SOCKET_NOT_LISTENING);
 }
 
 static long try_port(__u32 i, void *context)
@@ -95,7 +123,6 @@ static long try_port(__u32 i, void *context)
 	struct tuple *claim = &plan->entry.claim;
 	__u16 wanted = bpf_ntohs(plan->original.sport);
 	__u32 port;
-	long err;
 
 	if (!i) {
 		if (wanted < plan->first || wanted > plan->last)
@@ -104,7 +131,11 @@ static long try_port(__u32 i, void *context)
 	} else {
 		if (i > probe->size)
 			return 1;
-		port = plan->first + (probe->start + i - 1) % probe->size;
+		/* a small range is gone through, so that its last free port is found */
+		if (probe->size <= PORT_TRIES)
+			port = plan->first + (probe->hash + i) % probe->size;
+		else
+			port = plan->first + mix(probe->hash, i) % probe->size;
 	}
 	probe->tries = i;
 	claim->dport = bpf_htons(port);
@@ -124,37 +155,29 @@ static long try_port(__u32 i, void *context)
 			return 1;
 		}
 	}
-	err = claim_insert();
-	if (!err) {
-		probe->result = CLAIM_DONE;
-		return 1;
-	}
-	if (plan->map)
+	probe->result = claim_insert();
+	if (plan->map && probe->result != CLAIM_DONE)
 		mapping_drop(&plan->original, claim);
-	probe->result = claim_error(err);
 	return probe->result != CLAIM_NONE;
 }
 
 static __always_inline enum claimed claim_mapped(struct plan *plan)
 {
 	struct tuple *claim = &plan->entry.claim;
+	enum claimed result = CLAIM_NONE;
 	__u16 port;
-	long err;
 
 	if (!mapping_hold(&plan->original, claim))
 		return CLAIM_NONE;
 	port = bpf_ntohs(claim->dport);
-	if (port >= plan->first && port <= plan->last) {
-		err = claim_insert();
-		if (!err)
-			return CLAIM_DONE;
-	} else {
-		/* the rule's range has changed since */
-		err = -17;
-	}
-	mapping_drop(&plan->original, &plan->entry.claim);
+	/* the rule's range may have changed since */
+	if (port >= plan->first && port <= plan->last)
+		result = claim_insert();
+	if (result == CLAIM_DONE)
+		return CLAIM_DONE;
+	mapping_drop(&plan->original, claim);
 	plan->map = false;
-	return claim_error(err);
+	return result;
 }
 
 static __always_inline enum claimed claim_probe(struct __sk_buff *skb, struct plan *plan)
@@ -172,7 +195,7 @@ static __always_inline enum claimed claim_probe(struct __sk_buff *skb, struct pl
 	c = bpf_map_lookup_elem(&config, &zero);
 	if (!c || !probe.size)
 		return CLAIM_NONE;
-	probe.start = keyed_hash(c->secret, (const __u64 *)&plan->original, 5) % probe.size;
+	probe.hash = keyed_hash(c->secret, (const __u64 *)&plan->original, 5);
 	bpf_loop(PORT_TRIES + 1, try_port, &probe, 0);
 	if (probe.result == CLAIM_DONE) {
 		tries = probe.tries;
@@ -183,38 +206,24 @@ static __always_inline enum claimed claim_probe(struct __sk_buff *skb, struct pl
 	return probe.result;
 }
 
-static __always_inline void half_shared_by_destination(struct plan *plan)
-{
-	plan->map = false;
-	plan->half.flags = 0;
-}
-
 /* Finds a port and claims the reply tuple, with plan->half as the reply half. */
 static __always_inline enum claimed claim(struct __sk_buff *skb, struct plan *plan)
 {
-	enum claimed result;
+	enum claimed result = CLAIM_NONE;
+	bool share = plan->map;
 
-	if (plan->map) {
+	if (plan->map)
 		result = claim_mapped(plan);
-		if (result != CLAIM_NONE)
-			return result;
-	}
-	if (plan->map) {
+	if (plan->map && result == CLAIM_NONE)
 		result = claim_probe(skb, plan);
-		if (result == CLAIM_OTHERS) {
-			result = claim_mapped(plan);
-			if (result == CLAIM_DONE)
-				return result;
-		} else if (result != CLAIM_NONE) {
-			return result;
-		}
-	}
-	if (plan->half.flags & HALF_MAPPING) {
-		half_shared_by_destination(plan);
-		result = claim_probe(skb, plan);
-		if (result == CLAIM_DONE)
-			count(PORTS_SHARED);
+	if (result == CLAIM_OTHERS)
+		result = claim_mapped(plan);
+	if (result != CLAIM_NONE)
 		return result;
-	}
-	return claim_probe(skb, plan);
+	plan->map = false;
+	plan->half.mapped = false;
+	result = claim_probe(skb, plan);
+	if (share && result == CLAIM_DONE)
+		count(PORTS_SHARED);
+	return result;
 }

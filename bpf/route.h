@@ -10,18 +10,29 @@
 #define FIB_FAMILY_IPV4 2
 #define FIB_FAMILY_IPV6 10
 
-/* Fills in a lookup for the tuple. ifindex is the device it came in by or, with
- * BPF_FIB_LOOKUP_OUTPUT, leaves by. A length of 0 leaves the MTU to whoever forwards.
+/* The loopback device: its own forwarding flag follows conf.all. */
+#define LOOPBACK_IFINDEX 1
+
+/* Looks up where the host sends what goes from src to dst, policy rules included. ifindex is the
+ * device it came in by or, with BPF_FIB_LOOKUP_OUTPUT, leaves by. A length of 0 leaves the
+ * MTU to whoever forwards.
  */
 static __always_inline long fib_lookup(const struct packet *p, const struct addr *src,
 				       const struct addr *dst, __u32 ifindex,
 				       struct bpf_fib_lookup *fib, __u32 flags)
 {
+	const struct tuple *t = &p->h.tuple;
+
 	__builtin_memset(fib, 0, sizeof(*fib));
 	fib->ifindex = ifindex;
-	fib->l4_protocol = p->h.tuple.proto;
-	if (p->h.tuple.family == FAMILY_IPV4) {
+	fib->l4_protocol = t->proto;
+	if (t->proto == IPPROTO_TCP || t->proto == IPPROTO_UDP) {
+		fib->sport = t->sport;
+		fib->dport = t->dport;
+	}
+	if (t->family == FAMILY_IPV4) {
 		fib->family = FIB_FAMILY_IPV4;
+		fib->tos = p->h.tos;
 		fib->ipv4_src = src->word[3];
 		fib->ipv4_dst = dst->word[3];
 	} else {
@@ -33,20 +44,27 @@ static __always_inline long fib_lookup(const struct packet *p, const struct addr
 }
 
 enum route {
-	ROUTE_LOCAL,   /* to the host itself */
-	ROUTE_FORWARD, /* by *ifindex */
-	ROUTE_NONE,    /* unreachable, or forwarding is off: the kernel says so */
+	ROUTE_LOCAL,   /* to the host itself, or the host knows no route */
+	ROUTE_FORWARD, /* by *ifindex, 0 when the route does not name a device */
+	ROUTE_NONE,    /* refused by a route, or forwarding is off: the kernel says so */
 };
 
-/* Where the host will send a packet that came in by this hook's device, policy rules
- * included. The answer for a local address is "not forwarded" (net/core/filter.c,
- * bpf_ipv4_fib_lookup, bpf_ipv6_fib_lookup: whatever is not RTN_UNICAST).
+/* Where the host will send a packet that came in by this hook's device. The answer for a local
+ * address is "not forwarded" (net/core/filter.c, bpf_ipv4_fib_lookup and
+ * bpf_ipv6_fib_lookup: whatever is not RTN_UNICAST). What is not understood counts as
+ * forwarded by an unknown device, so that guards fail closed. Not seen here: rules by
+ * fwmark, since netfilter sets marks only later, and IPsec policies.
  */
 static __noinline enum route route_of(const struct packet *p, __u32 *ifindex)
 {
+	const struct tuple *t = &p->h.tuple;
 	struct bpf_fib_lookup fib;
-	long result = fib_lookup(p, &p->h.tuple.src, &p->h.tuple.dst, p->skb->ifindex, &fib, 0);
+	long result = fib_lookup(p, &t->src, &t->dst, p->skb->ifindex, &fib, 0);
 
+	/* IPv6 forwards by conf.all.forwarding, the helper asks the device's own flag */
+	if (result == BPF_FIB_LKUP_RET_FWD_DISABLED && t->family == FAMILY_IPV6)
+		result = fib_lookup(p, &t->src, &t->dst, LOOPBACK_IFINDEX, &fib, 0);
+	*ifindex = 0;
 	switch (result) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
@@ -55,8 +73,13 @@ static __noinline enum route route_of(const struct packet *p, __u32 *ifindex)
 		return ROUTE_FORWARD;
 	case BPF_FIB_LKUP_RET_NOT_FWDED:
 		return ROUTE_LOCAL;
-	default:
+	case BPF_FIB_LKUP_RET_BLACKHOLE:
+	case BPF_FIB_LKUP_RET_UNREACHABLE:
+	case BPF_FIB_LKUP_RET_PROHIBIT:
+	case BPF_FIB_LKUP_RET_FWD_DISABLED:
 		return ROUTE_NONE;
+	default: /* an encapsulating route, among others */
+		return ROUTE_FORWARD;
 	}
 }
 
@@ -108,12 +131,18 @@ static __noinline bool is_foreign_mac(const struct packet *p)
 	       mac[3] != fib.dmac[3] || mac[4] != fib.dmac[4] || mac[5] != fib.dmac[5];
 }
 
-/* A socket of the host's own that packets with this tuple are for. Listeners do not count for
- * TCP: a connection that a container opens does not come their way. bpf_skc_lookup_tcp
- * also finds connections in TIME_WAIT and half-open ones.
+/* Which sockets of the host's own count. */
+enum socket_kind {
+	SOCKET_ANY,
+	SOCKET_NOT_LISTENING, /* TCP: a connection that a container opens does not come their way */
+	SOCKET_CONNECTED,     /* not a UDP socket that is only bound, either */
+};
+
+/* Whether a packet with this tuple is for a socket of the host's own. bpf_skc_lookup_tcp finds
+ * connections in TIME_WAIT and half-open ones, too.
  */
 static __always_inline bool host_has_socket(struct __sk_buff *skb, const struct tuple *t,
-					    bool listeners)
+					    enum socket_kind kind)
 {
 	struct bpf_sock_tuple tuple;
 	struct bpf_sock *sock;
@@ -137,15 +166,17 @@ static __always_inline bool host_has_socket(struct __sk_buff *skb, const struct 
 		sock = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 		if (!sock)
 			return false;
+		/* a connected UDP socket is in TCP's state of that name */
+		has = kind != SOCKET_CONNECTED || sock->state == BPF_TCP_ESTABLISHED;
 		bpf_sk_release(sock);
-		return true;
+		return has;
 	}
 	if (t->proto != IPPROTO_TCP)
 		return false;
 	sock = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 	if (!sock)
 		return false;
-	has = listeners || sock->state != BPF_TCP_LISTEN;
+	has = kind == SOCKET_ANY || sock->state != BPF_TCP_LISTEN;
 	bpf_sk_release(sock);
 	return has;
 }

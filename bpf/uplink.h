@@ -26,7 +26,8 @@ static __always_inline enum verdict translate_first(struct packet *p, enum verdi
 		return drop(p, DROP_NO_MEMORY);
 	if (flow_create(p->skb) == CREATED_NOT)
 		return drop(p, plan->reason);
-	if (!half_find(&p->h.tuple, f, false))
+	if (!half_find(&p->h.tuple, f, false) ||
+	    !half_accepts(f->half, plan->original_class, plan->original_ifindex))
 		return drop(p, DROP_ENDING);
 	return translate(p, f);
 }
@@ -93,7 +94,7 @@ static __noinline enum verdict error_outward(struct packet *p, __u32 bridge)
 	struct found f;
 
 	if (!quote_find(p, &q, &f) || f.half->class != CLASS_BRIDGE)
-		return bridge ? drop(p, DROP_ICMP_UNRELATED) : PASS;
+		return bridge || bridge_of(&q.h.tuple.dst) ? drop(p, DROP_ICMP_UNRELATED) : PASS;
 	/* a container speaks of what was sent to itself, not to its neighbours */
 	if (bridge && !addr_equal(&p->h.tuple.src, &q.h.tuple.dst))
 		return drop(p, DROP_ICMP_UNRELATED);
@@ -114,7 +115,7 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 	if (parsed == PARSED_V4_MAPPED)
 		return drop(p, DROP_V4_MAPPED);
 	if (parsed == PARSED_MALFORMED)
-		return from ? drop(p, DROP_MALFORMED) : PASS;
+		return is_bridge(from) ? drop(p, DROP_MALFORMED) : PASS;
 	bridge = bridge_of(&p->h.tuple.src);
 	if (is_local_scope(&p->h)) /* multicast that the host routes, with a container's address */
 		return bridge && from ? drop(p, DROP_MULTICAST) : PASS;
@@ -122,6 +123,8 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 		return error_outward(p, bridge);
 	if (!bridge)
 		return PASS; /* the host's own, or forwarded for somebody else */
+	if (from && from != bridge)
+		return drop(p, DROP_SPOOFED_ADDRESS);
 
 	/* from here on a container's address is in the packet: it must not leave */
 	if (p->h.fragment != FRAGMENT_NONE)
@@ -171,8 +174,9 @@ static __noinline enum verdict open_inward(struct packet *p)
 		return PASS; /* the bridge of its target is gone */
 	if (bridge_of(&t->src))
 		return drop(p, DROP_SPOOFED_ADDRESS);
-	/* a connection that docker-proxy carries already stays with it */
-	if (t->proto == IPPROTO_TCP && !(p->h.tcp & TCP_SYN) && host_has_socket(p->skb, t, false))
+	/* what docker-proxy carries already stays with it, and so do answers to the host's own */
+	if ((p->h.tcp & (TCP_SYN | TCP_ACK)) != TCP_SYN &&
+	    host_has_socket(p->skb, t, SOCKET_CONNECTED))
 		return PASS;
 	if (rule->flags & DNAT_ALLOW_LIST && !rule_lists(p->config, rule->id, &t->src))
 		return drop(p, DROP_NOT_ALLOWED);
@@ -199,8 +203,11 @@ static __noinline enum verdict open_inward(struct packet *p)
 static __noinline enum verdict open_direct(struct packet *p)
 {
 	struct plan *plan = plan_get();
-	__u32 bridge = bridge_of(&p->h.tuple.dst);
+	__u32 bridge = bridge_of(&p->h.tuple.dst), generation = generation_of(0);
 
+	/* the generation first: when the flag goes now, this flow goes with it */
+	if (!(*(volatile enum config_flag *)&p->config->flags & CONFIG_ALLOW_DIRECT))
+		return PASS;
 	if (!bridge || p->h.fragment != FRAGMENT_NONE)
 		return PASS;
 	if (!plan)
@@ -212,7 +219,7 @@ static __noinline enum verdict open_direct(struct packet *p)
 	plan->original_ifindex = 0;
 	plan->reply_class = CLASS_BRIDGE;
 	plan->reply_ifindex = bridge;
-	plan->generation = generation_of(0);
+	plan->generation = generation;
 	return GO_ON;
 }
 
@@ -221,7 +228,8 @@ static __noinline enum verdict error_inward(struct packet *p)
 	struct quote q = {};
 	struct found f;
 
-	if (!quote_find(p, &q, &f) || f.half->class != CLASS_UPLINK)
+	if (!quote_find(p, &q, &f) || f.half->class != CLASS_UPLINK ||
+	    !addr_equal(&p->h.tuple.dst, &q.h.tuple.src))
 		return PASS; /* the host's own, perhaps; to_bridge drops it otherwise */
 	if (rewrite_quote(p, &q, &f.to) || rewrite_addrs(p, &p->h.tuple.src, &f.to.dst))
 		return drop(p, DROP_REWRITE);
@@ -260,7 +268,7 @@ static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
 			return translate(p, &f);
 	}
 	v = open_inward(p);
-	if (v == PASS && p->config->flags & CONFIG_ALLOW_DIRECT)
+	if (v == PASS)
 		v = open_direct(p);
 	return translate_first(p, v, &f);
 }

@@ -122,6 +122,7 @@ func (s *State) SetConfig(c Config) error {
 	}
 	raw.NetnsCookie = c.NetnsCookie
 	raw.MaxFlows = c.MaxFlows
+	before := raw.Flags
 	raw.Flags = 0
 	for flag, on := range map[bpf.NATConfigFlag]bool{
 		bpf.NATConfigFlagCONFIG_ALLOW_DIRECT:   c.AllowDirect,
@@ -147,7 +148,14 @@ func (s *State) SetConfig(c Config) error {
 		raw.Secret[0] = binary.NativeEndian.Uint64(b[:8])
 		raw.Secret[1] = binary.NativeEndian.Uint64(b[8:])
 	}
-	return s.putConfig(raw)
+	if err := s.putConfig(raw); err != nil {
+		return err
+	}
+	// Flows without a rule were let in by these flags, and go with them.
+	if gone := before &^ raw.Flags; gone&(bpf.NATConfigFlagCONFIG_ALLOW_DIRECT|bpf.NATConfigFlagCONFIG_ROUTED) != 0 {
+		return s.raise([]uint32{0})
+	}
+	return nil
 }
 
 // SetLive makes the programs act, or pass every packet on. All else stays as it is.

@@ -140,7 +140,7 @@ func TestFlowStatesAndTimeouts(t *testing.T) {
 	s, now := configured(t)
 	timeouts := DefaultTimeouts()
 	published := [2]Tuple{tuple(UDP, "198.51.100.9:5", "203.0.113.2:53"), tuple(UDP, "172.17.0.2:53", "198.51.100.9:5")}
-	game := [2]Tuple{tuple(UDP, "172.17.0.2:5", "1.1.1.1:1024"), tuple(UDP, "1.1.1.1:1024", "203.0.113.2:5")}
+	game := [2]Tuple{tuple(UDP, "172.17.0.2:5", "1.1.1.1:443"), tuple(UDP, "1.1.1.1:443", "203.0.113.2:5")}
 	oneWay := func(p *pair) { p.reply.Packets = 0 }
 	tcp := func(original, reply bpf.NATTcpSeen) func(*pair) {
 		return func(p *pair) { p.original.Tcp, p.reply.Tcp = original, reply }
@@ -171,8 +171,8 @@ func TestFlowStatesAndTimeouts(t *testing.T) {
 		"udp published, new":  {DNAT, published, oneWay, FlowNew, timeouts.UDPNew},
 		"icmp new":            {SNAT, ping, oneWay, FlowNew, timeouts.ICMP},
 		"icmp answered":       {SNAT, ping, nil, FlowAnswered, timeouts.ICMP},
-		"marked":              {SNAT, web, func(p *pair) { p.original.Flags = bpf.NATHalfFlagHALF_ENDING }, FlowEnding, 0},
-		"marked reply":        {SNAT, web, func(p *pair) { p.reply.Flags = bpf.NATHalfFlagHALF_ENDING }, FlowEnding, 0},
+		"marked":              {SNAT, web, func(p *pair) { p.original.Ending = 1 }, FlowEnding, 0},
+		"marked reply":        {SNAT, web, func(p *pair) { p.reply.Ending = 1 }, FlowEnding, 0},
 		"expiring":            {SNAT, web, func(p *pair) { p.reply.Life = bpf.NATLifeLIFE_ENDING }, FlowEnding, 0},
 		"dead":                {SNAT, web, func(p *pair) { p.reply.Life = bpf.NATLifeLIFE_DEAD }, FlowEnding, 0},
 		"rule gone":           {SNAT, web, func(p *pair) { p.original.Generation++; p.reply.Generation++ }, FlowEnding, 0},

@@ -41,7 +41,7 @@ func (s *State) FlushFlows(end *ebpf.Program, filter FlowFilter) (n int, err err
 		return 0, err
 	}
 	for _, f := range flows {
-		if !filter.Match(f) {
+		if f.State == FlowEnding || !filter.Match(f) {
 			continue
 		}
 		status, err := end.Run(&ebpf.RunOptions{

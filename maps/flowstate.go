@@ -40,8 +40,8 @@ func (s FlowState) String() string {
 	return fmt.Sprintf("state %d", uint8(s))
 }
 
-// wellKnownPorts is the first port that is not well known.
-const wellKnownPorts = 1024
+// wellKnown tells whether a destination port of UDP has the short timeout: DNS and NTP.
+func wellKnown(port uint16) bool { return port == 53 || port == 123 }
 
 // judge tells states and timeouts of flows at one moment, as flow_state.h does for the expiry.
 type judge struct {
@@ -94,7 +94,7 @@ func (j *judge) state(original, reply bpf.NATHalf) FlowState {
 	both := original.Tcp & reply.Tcp
 
 	switch {
-	case (original.Flags|reply.Flags)&bpf.NATHalfFlagHALF_ENDING != 0,
+	case original.Ending|reply.Ending != 0,
 		reply.Life != bpf.NATLifeLIFE_LIVE,
 		!known, generation != original.Generation, generation != reply.Generation:
 		return FlowEnding
@@ -126,7 +126,7 @@ func timeoutOf(f Flow, original, reply bpf.NATTcpSeen) bpf.NATTimeout {
 		return bpf.NATTimeoutTIMEOUT_TCP_TRANSITORY
 	case UDP:
 		switch {
-		case f.Original.Dst.Port() < wellKnownPorts && f.Translation != DNAT:
+		case wellKnown(f.Original.Dst.Port()) && f.Translation != DNAT:
 			return bpf.NATTimeoutTIMEOUT_UDP_WELL_KNOWN
 		case f.State == FlowAnswered:
 			return bpf.NATTimeoutTIMEOUT_UDP

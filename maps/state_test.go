@@ -32,6 +32,26 @@ func TestConfigRoundTrip(t *testing.T) {
 	}
 }
 
+// Flows without a rule were let in by a flag; when that is taken away, they end.
+func TestFlagsThatGoEndFlowsWithoutRule(t *testing.T) {
+	for name, flags := range map[string]Config{"allow direct": {AllowDirect: true}, "routed": {Routed: true}} {
+		t.Run(name, func(t *testing.T) {
+			s := newState(t)
+			flags.Timeouts = DefaultTimeouts()
+			generations := []uint32{}
+			for _, c := range []Config{{Timeouts: DefaultTimeouts()}, flags, flags, {Timeouts: DefaultTimeouts()}} {
+				if err := s.SetConfig(c); err != nil {
+					t.Fatal(err)
+				}
+				generations = append(generations, must[uint32](t)(s.generation(0)))
+			}
+			if d := diff([]uint32{0, 0, 0, 1}, generations); d != "" {
+				t.Errorf("generation of id 0 after each change:%s", d)
+			}
+		})
+	}
+}
+
 func TestTimeoutsAreNotShortened(t *testing.T) {
 	s := newState(t)
 	if err := s.SetConfig(Config{Timeouts: DefaultTimeouts()}); err != nil {
