@@ -1,0 +1,185 @@
+package main
+
+import (
+	"fmt"
+	"math"
+	"strconv"
+
+	"github.com/spf13/cobra"
+
+	"tcnat/loader"
+	"tcnat/maps"
+)
+
+func newAttach(e *env) *cobra.Command {
+	var words attachWords
+	cmd := &cobra.Command{
+		Use:   "attach [--bridge IF]... [--uplink IF]... [flags]",
+		Short: "load (or upgrade in place), attach, masquerade the bridges' subnets",
+		Long: `Loads the programs, attaches them to the bridges and the uplinks, and adds a masquerade
+rule for each subnet of a bridge. On an instance that is attached already it upgrades the
+programs in place and takes up the devices given: devices, flows and rules stay, no packet is
+lost; all other flags hold as given now.
+What stands in the way on this host, such as ip_forward=0, is printed as a warning.`,
+		Example: `  tcnat attach --bridge docker0 --uplink eth0
+  # Two bridges, two uplinks, and no rule but those that "tcnat snat add" adds:
+  tcnat attach --bridge docker0 --bridge br-web --uplink eth0 --uplink wg0 --no-masquerade`,
+		Args: noArgs,
+	}
+	words.bind(cmd)
+	bindOnce(cmd.Flags(), &words.mode, "attach", "", "HOW", "HOW to attach: auto, tcx, clsact (default: tcx where the kernel has it)",
+		word("attach", map[string]loader.AttachMode{"auto": loader.Auto, "tcx": loader.TCX, "clsact": loader.Clsact}, "auto", "tcx", "clsact"))
+	completeWords(cmd, "attach", "auto", "tcx", "clsact")
+	cmd.RunE = e.inNetns(func(cmd *cobra.Command) error {
+		options, err := words.options()
+		if err != nil {
+			return err
+		}
+		status, err := e.attach(cmd.Context(), e.instance, options, e.logger())
+		if err != nil {
+			return err
+		}
+		e.printAttached(status)
+		return e.warnFindings(namesOf(status, maps.Bridge), namesOf(status, maps.Uplink))
+	})
+	return cmd
+}
+
+func newLoad(e *env) *cobra.Command {
+	var words attachWords
+	cmd := &cobra.Command{
+		Use:   "load --bridge IF... --uplink IF... [flags]",
+		Short: "load and pin, attach nothing; prints the tc commands that attach by hand",
+		Long: `Loads and pins the programs and their maps, set up for these devices, and attaches
+nothing. It prints the tc commands that attach them: run those, and the NAT works as after
+attach. detach removes all of it.`,
+		Example: `  tcnat load --bridge docker0 --uplink eth0
+  tcnat load --bridge docker0 --uplink eth0 | sh -ex`,
+		Args: noArgs,
+	}
+	words.bind(cmd)
+	cmd.RunE = e.inNetns(func(cmd *cobra.Command) error {
+		options, err := words.options()
+		if err != nil {
+			return err
+		}
+		if len(options.Bridges) == 0 || len(options.Uplinks) == 0 {
+			return usagef("--bridge and --uplink are needed: the containers' bridge and the device that leads to the world")
+		}
+		commands, err := loader.Load(cmd.Context(), e.instance, options)
+		if err != nil {
+			return err
+		}
+		for _, command := range commands {
+			fmt.Fprintln(e.stdout, command)
+		}
+		return e.warnFindings(options.Bridges, options.Uplinks)
+	})
+	return cmd
+}
+
+// attachWords are the words of attach and of load.
+type attachWords struct {
+	bridges      many[string]
+	uplinks      many[string]
+	mode         once[loader.AttachMode]
+	noMasquerade bool
+	maxFlows     once[uint32]
+	isolate      bool
+	allowDirect  bool
+	unmanaged    once[bool]
+}
+
+func (w *attachWords) bind(cmd *cobra.Command) {
+	fs := cmd.Flags()
+	bindMany(fs, &w.bridges, "bridge", "", "IF", "the container bridge IF; repeats", parseDevice)
+	bindMany(fs, &w.uplinks, "uplink", "", "IF", "the device IF by which containers' traffic leaves the host; repeats", parseDevice)
+	fs.BoolVar(&w.noMasquerade, "no-masquerade", false, "add no rules: what no rule translates keeps its address")
+	bindOnce(fs, &w.maxFlows, "max-flows", "", "N", "room for N flows (default 262144)", parseMaxFlows)
+	fs.BoolVar(&w.isolate, "isolate", true, "keep managed bridges apart from each other")
+	fs.BoolVar(&w.allowDirect, "allow-direct", false, "let the world reach containers by their own addresses")
+	bindOnce(fs, &w.unmanaged, "unmanaged-devices", "", "drop|pass",
+		"what containers send by a device without programs: drop|pass (default drop)",
+		word("unmanaged-devices", map[string]bool{"drop": false, "pass": true}, "drop", "pass"))
+	bindUnbuilt(fs, "fast-path", "max-new", "max-flows-per-source", "internal", "filtering", "protocols", "mark", "cgroup")
+	completeDevices(cmd, "bridge", "uplink")
+	completeWords(cmd, "unmanaged-devices", "drop", "pass")
+}
+
+func (w *attachWords) options() (loader.AttachOptions, error) {
+	for _, bridge := range w.bridges.values {
+		for _, uplink := range w.uplinks.values {
+			if bridge == uplink {
+				return loader.AttachOptions{}, usagef("%s: cannot be both bridge and uplink", bridge)
+			}
+		}
+	}
+	return loader.AttachOptions{
+		Bridges:       w.bridges.values,
+		Uplinks:       w.uplinks.values,
+		Mode:          w.mode.value,
+		NoMasquerade:  w.noMasquerade,
+		MaxFlows:      w.maxFlows.value,
+		AllowDirect:   w.allowDirect,
+		NoIsolation:   !w.isolate,
+		PassUnmanaged: w.unmanaged.value,
+	}, nil
+}
+
+// parseMaxFlows bounds a table of two halves a flow: what a map's 32-bit size can hold.
+func parseMaxFlows(text string) (uint32, error) {
+	flows, err := strconv.ParseUint(text, 10, 64)
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("--max-flows %s: not a number of flows", quoteEmpty(text))
+	case flows == 0:
+		return 0, fmt.Errorf("--max-flows 0: no flow at all would fit")
+	case flows > math.MaxInt32/2:
+		return 0, fmt.Errorf("--max-flows %s: over %d", text, math.MaxInt32/2)
+	}
+	return uint32(flows), nil
+}
+
+// printAttached tells what attach came to.
+func (e *env) printAttached(status *loader.Status) {
+	for _, device := range status.Devices {
+		fmt.Fprintf(e.stdout, "%s %s: attached (%s)\n", device.Class, device.Name, device.Attach)
+	}
+	for _, problem := range status.Problems {
+		e.warnf("%s", problem)
+	}
+	if len(namesOf(status, maps.Uplink)) == 0 {
+		e.warnf("no uplink is attached, so containers reach nothing outside: attach --uplink the device that leads there")
+	}
+}
+
+// namesOf are those of the attached devices of a class that are still there.
+func namesOf(status *loader.Status, class maps.DeviceClass) []string {
+	var names []string
+	for _, device := range status.Devices {
+		if device.Class == class && device.Ingress.Program != "" {
+			names = append(names, device.Name)
+		}
+	}
+	return names
+}
+
+// warnFindings tells what on this host stands in the NAT's way.
+func (e *env) warnFindings(bridges, uplinks []string) error {
+	findings, err := loader.Preflight(bridges, uplinks)
+	if err != nil {
+		return fmt.Errorf("attached, but looking at the host's settings failed: %w", err)
+	}
+	for _, finding := range findings {
+		e.warnf("%s", findingText(finding))
+	}
+	return nil
+}
+
+func findingText(finding loader.Finding) string {
+	setting := finding.Setting
+	if finding.Value != "" {
+		setting += " = " + finding.Value
+	}
+	return fmt.Sprintf("%s: %s: %s", setting, finding.Problem, finding.Remedy)
+}
