@@ -1,0 +1,98 @@
+package e2e
+
+import (
+	"net/netip"
+	"testing"
+
+	"tcnat/internal/lab"
+	"tcnat/loader"
+	"tcnat/maps"
+)
+
+// What is not translated yet is dropped and counted by its reason, and never leaks.
+func TestRefused(t *testing.T) {
+	const big = 3000 // bytes, three fragments
+	for _, test := range []struct {
+		name    string
+		counter string
+		send    func(t *testing.T, r *rig, f lab.Family)
+	}{
+		{"fragments out", "fragment", func(t *testing.T, r *rig, f lab.Family) {
+			mustNotPing(t, r.Containers[0], r.World.Loopback(f), lab.PingOptions{Size: big})
+		}},
+		{"fragments to a published port", "fragment", func(t *testing.T, r *rig, f lab.Family) {
+			r.publish(t, maps.SinglePort(3005), r.Containers[0].Addr(f), maps.PortRange{})
+			conn, err := r.World.DialUDP(netip.AddrPort{}, at(r.Host.Addr(f), 3005))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			if _, err := conn.Write(make([]byte, big)); err != nil {
+				t.Fatal(err)
+			}
+			poll(t, "a fragment is counted", func() bool { return r.drops(t)["fragment"] > 0 })
+		}},
+		{"hairpin to itself", "hairpin", func(t *testing.T, r *rig, f lab.Family) {
+			c := r.Containers[0]
+			r.publish(t, maps.SinglePort(3005), c.Addr(f), maps.PortRange{})
+			for _, protocol := range protocols() {
+				call{protocol, c, c, at(c.Addr(f), 3005), at(r.Host.Addr(f), 3005)}.mustFail(t)
+			}
+		}},
+		{"hairpin to a neighbour", "hairpin", func(t *testing.T, r *rig, f lab.Family) {
+			c, neighbour := r.Containers[0], r.Containers[1]
+			r.publish(t, maps.SinglePort(3005), neighbour.Addr(f), maps.PortRange{})
+			for _, protocol := range protocols() {
+				call{protocol, c, neighbour, at(neighbour.Addr(f), 3005), at(lab.BridgeAddr(f), 3005)}.mustFail(t)
+			}
+		}},
+		{"a container's own address from outside", "no-flow", func(t *testing.T, r *rig, f lab.Family) {
+			if err := r.Router.AddRoute(lab.BridgeSubnet(f), r.Host.Addr(f), "eth0"); err != nil {
+				t.Fatal(err)
+			}
+			c := r.Containers[0]
+			mustNotPing(t, r.Router, c.Addr(f), lab.PingOptions{})
+			for _, protocol := range protocols() {
+				call{protocol, r.Router, c, at(c.Addr(f), 80), at(c.Addr(f), 80)}.mustFail(t)
+			}
+		}},
+		{"an address that is not the container's", "spoofed-address", func(t *testing.T, r *rig, f lab.Family) {
+			c := r.Containers[0]
+			alien := netip.MustParseAddr("192.168.77.7")
+			if f == lab.IPv6 {
+				alien = netip.MustParseAddr("fd00:77::7")
+			}
+			if err := c.AddAddress("eth0", netip.PrefixFrom(alien, alien.BitLen())); err != nil {
+				t.Fatal(err)
+			}
+			mustNotPing(t, c, r.World.Loopback(f), lab.PingOptions{Source: alien})
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			forEachMode(t, lab.Options{Containers: 2}, func(t *testing.T, r *rig, mode loader.AttachMode) {
+				r.attach(t, loader.AttachOptions{Mode: mode})
+				for _, f := range lab.Families() {
+					t.Run(f.String(), func(t *testing.T) {
+						leak := watch(t, r.Router, "eth0", func(p lab.Packet) bool {
+							return !p.Outgoing && (leaks(p) || p.Fragment)
+						})
+						before := r.drops(t)
+						test.send(t, r, f)
+						mustSeeNothing(t, leak, "left the host")
+						after := r.drops(t)
+						if after[test.counter] <= before[test.counter] {
+							t.Errorf("counted before %v, after %v: want more %s", before, after, test.counter)
+						}
+						delete(before, test.counter)
+						delete(after, test.counter)
+						for counter, n := range after {
+							if n != before[counter] {
+								t.Errorf("counted as %s too: %d", counter, n-before[counter])
+							}
+						}
+					})
+				}
+			})
+		})
+	}
+}
