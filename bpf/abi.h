@@ -148,7 +148,8 @@ struct expiry {
 	struct bpf_timer timer;
 	__u64 last_tick; /* ns since boot */
 	__u64 ticks;
-	__u64 longest;		     /* ns of the longest tick */
+	__u64 longest;		     /* ns of the longest tick, pauses of the machine included */
+	__u64 slow;		     /* ticks of more than EXPIRY_SLOW_NS */
 	__u64 checked;		     /* entries looked at so far */
 	struct expiry_entry carried; /* popped, and not taken back by a full queue */
 	__u32 carrying;

@@ -24,6 +24,7 @@
  */
 #define EXPIRY_BUDGET_NS  (300 * 1000)
 #define EXPIRY_MAX	  1024
+#define EXPIRY_SLOW_NS	  (500 * 1000)
 #define EXPIRY_LATE_NS	  (2 * 1000 * 1000)
 #define EXPIRY_BUSY_NS	  (10 * 1000 * 1000)
 #define EXPIRY_IDLE_NS	  (100 * 1000 * 1000)
@@ -170,6 +171,8 @@ static int expiry_tick(void *map, int *key, struct expiry *e)
 		e->checked += tick.checked;
 		if (took > e->longest)
 			e->longest = took;
+		if (took > EXPIRY_SLOW_NS)
+			e->slow += 1;
 	}
 	bpf_timer_start(&e->timer,
 			tick.age < EXPIRY_PERIOD       ? EXPIRY_IDLE_NS

@@ -161,6 +161,7 @@ type NATExpiry struct {
 	LastTick uint64
 	Ticks    uint64
 	Longest  uint64
+	Slow     uint64
 	Checked  uint64
 	Carried  NATExpiryEntry
 	Carrying uint32

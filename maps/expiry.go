@@ -11,7 +11,8 @@ import (
 type ExpiryStats struct {
 	LastTick time.Duration // age of the last tick; means nothing while Ticks is 0
 	Ticks    uint64
-	Longest  time.Duration // of one tick
+	Longest  time.Duration // of one tick, pauses of the machine included
+	Slow     uint64        // ticks of more than 0.5 ms
 	Checked  uint64        // flows looked at, each as often as that happened
 }
 
@@ -30,6 +31,7 @@ func (s *State) Expiry() (ExpiryStats, error) {
 		LastTick: max(0, now-time.Duration(raw.LastTick)),
 		Ticks:    raw.Ticks,
 		Longest:  time.Duration(raw.Longest),
+		Slow:     raw.Slow,
 		Checked:  raw.Checked,
 	}, nil
 }

@@ -298,7 +298,7 @@ func TestExpiry(t *testing.T) {
 		t.Errorf("before the first tick: %+v", got)
 	}
 	now := must[time.Duration](t)(monotonic())
-	raw := bpf.NATExpiry{LastTick: uint64(now - time.Minute), Ticks: 5, Longest: 1500, Checked: 77}
+	raw := bpf.NATExpiry{LastTick: uint64(now - time.Minute), Ticks: 5, Longest: 1500, Slow: 2, Checked: 77}
 	if err := s.m.Expiry.Put(uint32(0), raw); err != nil {
 		t.Fatal(err)
 	}
@@ -306,7 +306,7 @@ func TestExpiry(t *testing.T) {
 	if got.LastTick < time.Minute || got.LastTick > 2*time.Minute {
 		t.Errorf("last tick is %s old, want a minute", got.LastTick)
 	}
-	if got.LastTick = 0; got != (ExpiryStats{Ticks: 5, Longest: 1500, Checked: 77}) {
+	if got.LastTick = 0; got != (ExpiryStats{Ticks: 5, Longest: 1500, Slow: 2, Checked: 77}) {
 		t.Errorf("got %+v", got)
 	}
 }
