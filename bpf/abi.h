@@ -148,12 +148,9 @@ struct expiry {
 	struct bpf_timer timer;
 	__u64 last_tick; /* ns since boot */
 	__u64 ticks;
-	__u64 longest;		     /* ns of the longest tick, pauses of the machine included */
-	__u64 slow;		     /* ticks of more than EXPIRY_SLOW_NS */
-	__u64 checked;		     /* entries looked at so far */
-	struct expiry_entry carried; /* popped, and not taken back by a full queue */
-	__u32 carrying;
-	__u32 pad;
+	__u64 longest; /* ns of the longest tick, pauses of the machine included */
+	__u64 slow;    /* ticks of more than EXPIRY_SLOW_NS */
+	__u64 checked; /* entries looked at so far */
 };
 
 /* Rules. An any-address destination is all zero behind the IPv4 prefix or 16 zero bytes. */

@@ -37,8 +37,15 @@ static __always_inline enum created own_ended(struct plan *plan)
 	plan->old_claim = half->other;
 	plan->old_id = half->id;
 	reply = bpf_map_lookup_elem(&flows, &plan->old_claim);
-	if (!reply || reply->id != plan->old_id || half->role != ROLE_ORIGINAL)
-		return CREATED_NOT; /* deleted at this moment */
+	if (half->role != ROLE_ORIGINAL)
+		return CREATED_NOT;
+	if (!reply || reply->id != plan->old_id) {
+		/* being deleted; or, if it stays, a half that nobody else would ever delete */
+		if (plan->now - half->seen < 2 * EXPIRY_PERIOD)
+			return CREATED_NOT;
+		bpf_map_delete_elem(&flows, &plan->original);
+		return CREATED;
+	}
 	was = reply->life;
 	if (was > LIFE_ENDING)
 		return CREATED_NOT; /* somebody else owns its end */
@@ -76,14 +83,32 @@ static __always_inline void fill_half(struct plan *plan, enum role role)
 	half->mapped = !original && plan->map;
 }
 
-/* What we have claimed, and the original half that we own the end of. */
+/* What we have claimed, and then an original half that would be left alone: that of the flow
+ * whose end we own, or one that another CPU has made to help us.
+ */
 static __always_inline void give_back_claim(struct plan *plan)
 {
-	if (plan->takeover)
-		bpf_map_delete_elem(&flows, &plan->original);
+	struct half *original;
+
 	bpf_map_delete_elem(&flows, &plan->entry.claim);
 	if (plan->map)
 		mapping_drop(&plan->original, &plan->entry.claim);
+	original = bpf_map_lookup_elem(&flows, &plan->original);
+	if (original && (plan->takeover || original->id == plan->entry.id))
+		bpf_map_delete_elem(&flows, &plan->original);
+}
+
+/* We have finished another CPU's flow; it may have given up its claim just before. Each of the
+ * two writes first and looks then, so one of them sees what the other did.
+ */
+static __always_inline bool helped(const struct plan *plan)
+{
+	struct half *reply = bpf_map_lookup_elem(&flows, &plan->entry.claim);
+
+	if (reply && reply->id == plan->entry.id)
+		return true;
+	bpf_map_delete_elem(&flows, &plan->original);
+	return false;
 }
 
 __noinline enum created flow_create(struct __sk_buff *skb)
@@ -122,6 +147,8 @@ __noinline enum created flow_create(struct __sk_buff *skb)
 	plan->half.guard = new_guard(&plan->original, &plan->entry.claim, plan->entry.id);
 	err = bpf_map_update_elem(&flows, &plan->original, &plan->half,
 				  plan->takeover ? BPF_EXIST : BPF_NOEXIST);
+	if (!err && claimed == CLAIM_SAME && !helped(plan))
+		return CREATED_NOT;
 	if (!err) {
 		count(FLOWS_CREATED);
 		return CREATED;

@@ -34,7 +34,6 @@
 
 struct tick {
 	const struct config *config;
-	struct expiry *expiry;
 	__u64 began;
 	__u32 now;
 	__u32 checked;
@@ -108,46 +107,42 @@ static __always_inline bool check_flow(const struct tick *tick, const struct exp
 	return false;
 }
 
-/* A creator may take the place in a full queue that an entry was popped from: then the entry
- * waits here, and nothing more is popped until it is back.
+/* The head is put back before it is taken away. Into a full queue BPF_EXIST does both at once:
+ * it overwrites the oldest entry, which is the head. Creators push without it, and nobody
+ * but this timer pops, so no entry is lost and the queue cannot jam.
  */
-static __always_inline bool put_back(struct expiry *e, const struct expiry_entry *entry)
+static __always_inline bool requeue(struct expiry_entry *head, __u32 now)
 {
-	if (!bpf_map_push_elem(&expiry_queue, entry, 0))
-		return true;
-	e->carried = *entry;
-	e->carrying = true;
-	return false;
+	__u32 id = head->id, checked = head->checked;
+
+	head->checked = now;
+	if (bpf_map_push_elem(&expiry_queue, head, BPF_EXIST))
+		return false;
+	if (bpf_map_peek_elem(&expiry_queue, head))
+		return false;
+	if (head->id == id && head->checked == checked)
+		bpf_map_pop_elem(&expiry_queue, head);
+	return true;
 }
 
 static long check_head(__u32 i, void *context)
 {
 	struct tick *tick = context;
-	struct expiry_entry entry;
-	struct expiry *e = tick->expiry;
+	struct expiry_entry head;
 
 	(void)i;
 	tick->age = 0;
-	if (e->carrying) {
-		entry = e->carried;
-		e->carrying = false;
-		if (!put_back(e, &entry))
-			return 1;
-	}
-	if (bpf_map_peek_elem(&expiry_queue, &entry))
+	if (bpf_map_peek_elem(&expiry_queue, &head))
 		return 1;
-	if ((__s32)(tick->now - entry.checked) > 0)
-		tick->age = tick->now - entry.checked;
+	if ((__s32)(tick->now - head.checked) > 0)
+		tick->age = tick->now - head.checked;
 	if (tick->age < EXPIRY_PERIOD)
 		return 1;
-	/* this timer alone pops, so it pops what it has seen */
-	bpf_map_pop_elem(&expiry_queue, &entry);
 	tick->checked++;
-	if (check_flow(tick, &entry)) {
-		entry.checked = tick->now;
-		if (!put_back(e, &entry))
-			return 1;
-	}
+	if (!check_flow(tick, &head))
+		bpf_map_pop_elem(&expiry_queue, &head);
+	else if (!requeue(&head, tick->now))
+		return 1;
 	return bpf_ktime_get_ns() - tick->began > EXPIRY_BUDGET_NS;
 }
 
@@ -161,7 +156,6 @@ static int expiry_tick(void *map, int *key, struct expiry *e)
 	(void)key;
 	tick.config = bpf_map_lookup_elem(&config, &zero);
 	if (tick.config) {
-		tick.expiry = e;
 		tick.began = bpf_ktime_get_ns();
 		tick.now = tick.began >> STAMP_SHIFT;
 		bpf_loop(EXPIRY_MAX, check_head, &tick, 0);

@@ -163,9 +163,6 @@ type NATExpiry struct {
 	Longest  uint64
 	Slow     uint64
 	Checked  uint64
-	Carried  NATExpiryEntry
-	Carrying uint32
-	Pad      uint32
 }
 
 type NATExpiryEntry struct {
