@@ -68,7 +68,8 @@ static __always_inline bool belongs(struct packet *p)
 		/* from_uplink has put the container's own packet into the quote */
 		if (parse_quoted(p, &quoted) != PARSED || quoted.kind != KIND_FLOW)
 			return false;
-		return half_find(&quoted.tuple, &f, true) &&
+		return addr_equal(&p->h.tuple.dst, &quoted.tuple.src) &&
+		       half_find(&quoted.tuple, &f, true) &&
 		       half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex);
 	}
 	tuple_invert(&key, &p->h.tuple);

@@ -83,6 +83,12 @@ static __always_inline void fill_half(struct plan *plan, enum role role)
 	half->mapped = !original && plan->map;
 }
 
+/* An atomic operation with a result orders all memory accesses around it. */
+static __always_inline void full_barrier(struct plan *plan)
+{
+	asm volatile("" ::"r"(__sync_fetch_and_add(&plan->now, 0)) : "memory");
+}
+
 /* What we have claimed, and then an original half that would be left alone: that of the flow
  * whose end we own, or one that another CPU has made to help us.
  */
@@ -93,21 +99,27 @@ static __always_inline void give_back_claim(struct plan *plan)
 	bpf_map_delete_elem(&flows, &plan->entry.claim);
 	if (plan->map)
 		mapping_drop(&plan->original, &plan->entry.claim);
+	full_barrier(plan);
 	original = bpf_map_lookup_elem(&flows, &plan->original);
-	if (original && (plan->takeover || original->id == plan->entry.id))
+	if (original &&
+	    (original->id == plan->entry.id || (plan->takeover && original->id == plan->old_id)))
 		bpf_map_delete_elem(&flows, &plan->original);
 }
 
 /* We have finished another CPU's flow; it may have given up its claim just before. Each of the
  * two writes first and looks then, so one of them sees what the other did.
  */
-static __always_inline bool helped(const struct plan *plan)
+static __always_inline bool helped(struct plan *plan)
 {
-	struct half *reply = bpf_map_lookup_elem(&flows, &plan->entry.claim);
+	struct half *reply, *original;
 
+	full_barrier(plan);
+	reply = bpf_map_lookup_elem(&flows, &plan->entry.claim);
 	if (reply && reply->id == plan->entry.id)
 		return true;
-	bpf_map_delete_elem(&flows, &plan->original);
+	original = bpf_map_lookup_elem(&flows, &plan->original);
+	if (original && original->id == plan->entry.id)
+		bpf_map_delete_elem(&flows, &plan->original);
 	return false;
 }
 

@@ -67,6 +67,9 @@ static __always_inline bool check_flow(const struct tick *tick, const struct exp
 	bool mapped, over;
 	__u32 life;
 
+	/* twice, since the first element may have been replaced and recycled as we looked */
+	if (!reply || reply->id != entry->id)
+		reply = bpf_map_lookup_elem(&flows, &entry->claim);
 	if (!reply || reply->id != entry->id)
 		return false; /* given back, or replaced by a flow with an entry of its own */
 	key = reply->other;

@@ -57,7 +57,7 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
-/* How many ports were tried before one was free: [n] counts the flows that needed n + 1. */
+/* [n] counts the flows that got the port of try n, 0 being the one they asked for. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, PORT_TRIES + 1);

@@ -77,22 +77,31 @@ SEC("tc") int start_expiry(struct __sk_buff *skb)
 	return expiry_start() ? 0 : 1;
 }
 
+/* The swap fails where the memory has become another flow's since the id was read. */
+static __always_inline bool end_half(struct half *half, __u32 id)
+{
+	__u32 generation = *(volatile __u32 *)&half->generation;
+
+	if (*(volatile __u32 *)&half->id != id)
+		return false;
+	return __sync_val_compare_and_swap(&half->generation, generation, GENERATION_ENDED) ==
+	       generation;
+}
+
 /* Run by the loader to end one flow at once: 0 ended, 1 not there. A generation that no rule
  * has makes every packet, and the expiry, take the flow for over.
  */
 SEC("syscall") int end_flow(struct expiry_entry *which)
 {
-	struct half *reply, *original;
 	struct tuple key = which->claim;
+	struct half *half = bpf_map_lookup_elem(&flows, &key);
 
-	reply = bpf_map_lookup_elem(&flows, &key);
-	if (!reply || reply->id != which->id)
+	if (!half || !end_half(half, which->id))
 		return 1;
-	key = reply->other;
-	reply->generation = GENERATION_ENDED;
-	original = bpf_map_lookup_elem(&flows, &key);
-	if (original && original->id == which->id)
-		original->generation = GENERATION_ENDED;
+	key = half->other;
+	half = bpf_map_lookup_elem(&flows, &key);
+	if (half)
+		end_half(half, which->id);
 	return 0;
 }
 

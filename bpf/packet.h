@@ -44,6 +44,7 @@ struct headers {
 	__u8 icmp;     /* type of the ICMP message */
 	__u8 tos;      /* of IPv4 */
 	__u8 pad[3];
+	__be32 flow; /* class and label of IPv6 */
 };
 
 struct packet {

@@ -161,6 +161,7 @@ static __always_inline enum parsed parse_ipv4(struct __sk_buff *skb, struct head
 	h->tuple.family = FAMILY_IPV4;
 	h->tuple.proto = ip.proto;
 	h->tos = ip.tos;
+	h->flow = 0;
 	h->tuple.pad = 0;
 	h->l4 = h->l3 + header;
 	fragment = bpf_ntohs(ip.fragment);
@@ -173,8 +174,7 @@ static __always_inline enum parsed parse_ipv4(struct __sk_buff *skb, struct head
 static __always_inline enum parsed parse_ipv6(struct __sk_buff *skb, struct headers *h, bool quoted)
 {
 	struct {
-		__u8 version; /* and half of the traffic class */
-		__u8 class[3];
+		__be32 first; /* version, traffic class, flow label */
 		__be16 payload;
 		__u8 next;
 		__u8 hops;
@@ -182,7 +182,7 @@ static __always_inline enum parsed parse_ipv6(struct __sk_buff *skb, struct head
 	__u8 next;
 	__u32 at;
 
-	if (bpf_skb_load_bytes(skb, h->l3, &ip, sizeof(ip)) < 0 || ip.version >> 4 != 6 ||
+	if (bpf_skb_load_bytes(skb, h->l3, &ip, sizeof(ip)) < 0 || bpf_ntohl(ip.first) >> 28 != 6 ||
 	    bpf_skb_load_bytes(skb, h->l3 + 8, &h->tuple.src, 2 * sizeof(struct addr)) < 0)
 		return PARSED_MALFORMED;
 	at = h->l3 + sizeof(struct ipv6hdr);
@@ -200,6 +200,7 @@ static __always_inline enum parsed parse_ipv6(struct __sk_buff *skb, struct head
 		return PARSED_V4_MAPPED;
 	h->fragment = FRAGMENT_NONE;
 	h->tos = 0;
+	h->flow = ip.first & bpf_htonl(0x0fffffff);
 	next = ip.next;
 	for (int i = 0; i < EXTENSIONS_MAX; i++) {
 		struct {

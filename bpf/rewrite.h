@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* rewrite.h - the only file that writes packets.
+/* rewrite.h - gives a packet another tuple; what an ICMP error quotes is written by icmp.h.
  *
  * The helpers pull and unshare what they write, so non-linear and cloned packets are fine,
  * and they know what ip_summed asks for:

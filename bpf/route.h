@@ -37,6 +37,7 @@ static __always_inline long fib_lookup(const struct packet *p, const struct addr
 		fib->ipv4_dst = dst->word[3];
 	} else {
 		fib->family = FIB_FAMILY_IPV6;
+		fib->flowinfo = p->h.flow; /* rules by class, multipath by label */
 		__builtin_memcpy(fib->ipv6_src, src, sizeof(*src));
 		__builtin_memcpy(fib->ipv6_dst, dst, sizeof(*dst));
 	}
@@ -61,10 +62,15 @@ static __noinline enum route route_of(const struct packet *p, __u32 *ifindex)
 	struct bpf_fib_lookup fib;
 	long result = fib_lookup(p, &t->src, &t->dst, p->skb->ifindex, &fib, 0);
 
-	/* IPv6 forwards by conf.all.forwarding, the helper asks the device's own flag */
-	if (result == BPF_FIB_LKUP_RET_FWD_DISABLED && t->family == FAMILY_IPV6)
-		result = fib_lookup(p, &t->src, &t->dst, LOOPBACK_IFINDEX, &fib, 0);
 	*ifindex = 0;
+	if (result == BPF_FIB_LKUP_RET_FWD_DISABLED && t->family == FAMILY_IPV6) {
+		/* IPv6 forwards by conf.all.forwarding, the helper asks the device's own flag.
+		 * Asked for another device it tells what is local; which way the kernel
+		 * would go it need not know, for want of the rules for this device.
+		 */
+		result = fib_lookup(p, &t->src, &t->dst, LOOPBACK_IFINDEX, &fib, 0);
+		fib.ifindex = 0;
+	}
 	switch (result) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
@@ -122,8 +128,13 @@ static __noinline bool is_foreign_mac(const struct packet *p)
 	struct bpf_fib_lookup fib;
 	__u8 mac[6];
 
-	if (p->h.l3 < 14 || fib_lookup(p, &p->h.tuple.dst, &p->h.tuple.src, p->skb->ifindex, &fib,
-				       BPF_FIB_LOOKUP_OUTPUT) != BPF_FIB_LKUP_RET_SUCCESS)
+	long result;
+
+	if (p->h.l3 < 14)
+		return false;
+	result = fib_lookup(p, &p->h.tuple.dst, &p->h.tuple.src, p->skb->ifindex, &fib,
+			    BPF_FIB_LOOKUP_OUTPUT);
+	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_FRAG_NEEDED)
 		return false;
 	if (bpf_skb_load_bytes(p->skb, 6, mac, sizeof(mac)) < 0)
 		return true;

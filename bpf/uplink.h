@@ -119,12 +119,12 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 	bridge = bridge_of(&p->h.tuple.src);
 	if (is_local_scope(&p->h)) /* multicast that the host routes, with a container's address */
 		return bridge && from ? drop(p, DROP_MULTICAST) : PASS;
+	if (bridge && from && from != bridge)
+		return drop(p, DROP_SPOOFED_ADDRESS);
 	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE)
 		return error_outward(p, bridge);
 	if (!bridge)
 		return PASS; /* the host's own, or forwarded for somebody else */
-	if (from && from != bridge)
-		return drop(p, DROP_SPOOFED_ADDRESS);
 
 	/* from here on a container's address is in the packet: it must not leave */
 	if (p->h.fragment != FRAGMENT_NONE)

@@ -30,7 +30,7 @@ func Load(ctx context.Context, inst Instance, opts AttachOptions) (commands []st
 	if err != nil {
 		return nil, err
 	}
-	return byHand(inst, status), nil
+	return byHand(inst, status)
 }
 
 func run(ctx context.Context, inst Instance, opts AttachOptions, log *slog.Logger, manual bool) (*Status, error) {
@@ -313,13 +313,24 @@ func (c *connector) disconnect(d device) error {
 }
 
 // byHand are the tc commands that attach the devices that are left to the user.
-func byHand(inst Instance, status *Status) []string {
-	var commands []string
+func byHand(inst Instance, status *Status) (commands []string, err error) {
+	nl, err := newNetlink()
+	if err != nil {
+		return nil, err
+	}
+	defer nl.Close()
+	filters := &clsact{nl: nl, inst: inst, pins: pinsIn(inst.Dir())}
 	for _, s := range status.Devices {
 		if s.Attach != maps.AttachManual {
 			continue
 		}
-		commands = append(commands, fmt.Sprintf("tc qdisc add dev %s clsact", s.Name))
+		kind, err := filters.qdisc(int(s.Ifindex))
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", s.Name, err)
+		}
+		if kind != "clsact" {
+			commands = append(commands, fmt.Sprintf("tc qdisc add dev %s clsact", s.Name))
+		}
 		d := device{Device: maps.Device{Ifindex: s.Ifindex, Class: s.Class, L3: s.L3}, name: s.Name}
 		for _, h := range d.hooks() {
 			priority := headPriority
@@ -330,5 +341,5 @@ func byHand(inst Instance, status *Status) []string {
 				s.Name, h, priority, handleForeignQdisc, pinsIn(inst.Dir()).progs(), h.program))
 		}
 	}
-	return commands
+	return commands, nil
 }

@@ -12,8 +12,8 @@ import (
 // DefaultMaxFlows is the bound of flows where AttachOptions names none.
 const DefaultMaxFlows = 262144
 
-// flowLimit keeps 2 * flows * 192 bytes under what a hash map may have.
-const flowLimit = 1 << 26
+// FlowLimit bounds AttachOptions.MaxFlows: it keeps the tables' sizes under what a map may have.
+const FlowLimit = 1 << 26
 
 // AttachMode says how programs get on a device.
 type AttachMode uint8
@@ -38,16 +38,6 @@ func (m AttachMode) String() string {
 	default:
 		return "auto"
 	}
-}
-
-// ParseAttachMode reads the word of the command line.
-func ParseAttachMode(word string) (AttachMode, error) {
-	for _, mode := range []AttachMode{Auto, TCX, Clsact} {
-		if word == mode.String() {
-			return mode, nil
-		}
-	}
-	return Auto, fmt.Errorf("%q: want auto, tcx or clsact", word)
 }
 
 // AttachOptions say what to attach to, and how. Devices that are attached already and are not
@@ -79,8 +69,8 @@ func (o AttachOptions) spec() (*ebpf.CollectionSpec, error) {
 }
 
 func (o AttachOptions) validate() error {
-	if o.MaxFlows > flowLimit {
-		return fmt.Errorf("max flows %d: at most %d", o.MaxFlows, flowLimit)
+	if o.MaxFlows > FlowLimit {
+		return fmt.Errorf("max flows %d: at most %d", o.MaxFlows, FlowLimit)
 	}
 	return nil
 }

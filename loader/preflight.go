@@ -104,6 +104,17 @@ func checkForwarding(devices []device, subnets []netip.Prefix) []Finding {
 			"sysctl -w net.ipv6.conf.all.forwarding=1",
 		})
 	}
+	if v6 && !off("net/ipv6/conf/all/forwarding") {
+		for _, d := range devices {
+			if d.Class == maps.Bridge && off("net/ipv6/conf/"+d.name+"/forwarding") {
+				findings = append(findings, Finding{
+					"net.ipv6.conf." + d.name + ".forwarding", "0",
+					"the kernel does not tell programs where it routes IPv6 packets that come in by " + d.name + ", so they are dropped",
+					"sysctl -w net/ipv6/conf/" + d.name + "/forwarding=1",
+				})
+			}
+		}
+	}
 	if v6 {
 		findings = append(findings, checkRouterAdvertisements(devices)...)
 	}

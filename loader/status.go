@@ -16,7 +16,7 @@ import (
 type Status struct {
 	Instance    string
 	Pins        string // directory
-	Live        bool   // false: an attach was interrupted, the programs pass every packet on
+	Live        bool   // false: an attach or detach was interrupted, the programs pass every packet on
 	NetnsCookie uint64
 	Config      maps.Config
 	Devices     []DeviceStatus // bridges first, then by name
@@ -62,7 +62,7 @@ func (d *Datapath) Status() (Status, error) {
 	}
 	s.Config, s.Live, s.NetnsCookie = config, config.Live, config.NetnsCookie
 	if !s.Live {
-		s.Problems = append(s.Problems, "not in effect, since an attach was interrupted: run tcnat attach again")
+		s.Problems = append(s.Problems, "not in effect, since an attach or a detach was interrupted: run it again")
 	}
 	nl, err := newNetlink()
 	if err != nil {

@@ -135,19 +135,14 @@ func (a *attachment) masquerade(state *maps.State, subnets map[netip.Prefix]uint
 			done[rule.Source] = true
 		}
 	}
-	changed := len(want.SNAT) != len(have.SNAT)
 	for subnet := range subnets {
 		if done[subnet] || a.opts.NoMasquerade {
 			continue
 		}
-		added, err := want.AddSNAT(maps.SNATRule{Source: subnet, Masquerade: true, Attach: true})
-		if err != nil {
+		if _, err := want.AddSNAT(maps.SNATRule{Source: subnet, Masquerade: true, Attach: true}); err != nil {
 			return fmt.Errorf("masquerade %s: %w", subnet, err)
 		}
-		changed = changed || added
 	}
-	if !changed {
-		return nil
-	}
+	// Also when nothing changes: it ends the flows of rules that a killed run has taken away.
 	return state.SetRules(want)
 }

@@ -31,7 +31,7 @@ func (a *attachment) upgrade() (err error) {
 	}
 	before := config
 	config = a.opts.config(config)
-	if 2*config.MaxFlows > typed.Flows.MaxEntries() {
+	if 2*config.MaxFlows != typed.Flows.MaxEntries() {
 		return fmt.Errorf("%s: max flows %d: %w: its tables were made for %d: run tcnat detach first",
 			a.inst, config.MaxFlows, ErrConflict, typed.Flows.MaxEntries()/2)
 	}

@@ -49,7 +49,7 @@ type Timeouts struct {
 	TCPClosed      time.Duration // FIN seen both ways
 	UDP            time.Duration // answered
 	UDPNew         time.Duration // not yet answered
-	UDPWellKnown   time.Duration // outbound, to a port below 1024
+	UDPWellKnown   time.Duration // outbound, to port 53 or 123
 	ICMP           time.Duration // and every protocol without its own
 }
 

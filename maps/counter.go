@@ -29,7 +29,7 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 		bpf.NATCounterDROP_FRAGMENT:        {"fragment", "A fragment of or for a container came, and fragments are not translated yet; usually a datagram larger than the MTU."},
 		bpf.NATCounterDROP_PROTOCOL:        {"protocol", "A container used a protocol that is not translated: TCP, UDP and ICMP are."},
 		bpf.NATCounterDROP_LOOPBACK:        {"loopback", "A packet from outside or from a container was sent to or from a loopback address."},
-		bpf.NATCounterDROP_SPOOFED_ADDRESS: {"spoofed-address", "A container sent with an address that is not of its bridge's subnets or not its own; usually a second network inside it."},
+		bpf.NATCounterDROP_SPOOFED_ADDRESS: {"spoofed-address", "A packet had an address that its sender has no right to: a container one that is not its own, or somebody else a container's."},
 		bpf.NATCounterDROP_SPOOFED_MAC:     {"spoofed-mac", "A container sent with a MAC address that is not its own."},
 		bpf.NATCounterDROP_NO_UPLINK:       {"no-uplink", "The host routes the packet out by a device without programs: attach it as an uplink, or allow it with --unmanaged-devices pass."},
 		bpf.NATCounterDROP_MULTICAST:       {"multicast", "A container's multicast packet was routed to an uplink, where its address would have shown."},
@@ -81,7 +81,7 @@ func (s *State) Counters() ([]Count, error) {
 }
 
 // PortTries reads how many outside ports were tried for a flow before one was free: [n]
-// counts the flows that needed n+1, the last of them those that got none.
+// counts the flows that got the port of try n, 0 being the one they asked for.
 func (s *State) PortTries() ([]uint64, error) {
 	tries, err := sums(s.m.PortTries, int(s.m.PortTries.MaxEntries()))
 	if err != nil {

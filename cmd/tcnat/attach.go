@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"math"
 	"strconv"
 
 	"github.com/spf13/cobra"
@@ -126,7 +125,7 @@ func (w *attachWords) options() (loader.AttachOptions, error) {
 	}, nil
 }
 
-// parseMaxFlows bounds a table of two halves a flow: what a map's 32-bit size can hold.
+// parseMaxFlows reads how many flows the tables are made for.
 func parseMaxFlows(text string) (uint32, error) {
 	flows, err := strconv.ParseUint(text, 10, 64)
 	switch {
@@ -134,8 +133,8 @@ func parseMaxFlows(text string) (uint32, error) {
 		return 0, fmt.Errorf("--max-flows %s: not a number of flows", quoteEmpty(text))
 	case flows == 0:
 		return 0, fmt.Errorf("--max-flows 0: no flow at all would fit")
-	case flows > math.MaxInt32/2:
-		return 0, fmt.Errorf("--max-flows %s: over %d", text, math.MaxInt32/2)
+	case flows > loader.FlowLimit:
+		return 0, fmt.Errorf("--max-flows %s: over %d", text, loader.FlowLimit)
 	}
 	return uint32(flows), nil
 }
