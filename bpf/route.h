@@ -132,9 +132,11 @@ static __noinline bool is_foreign_mac(const struct packet *p)
 
 	if (p->h.l3 < 14)
 		return false;
+	/* past the policy rules, which may lead elsewhere: this asks who the neighbour is */
 	result = fib_lookup(p, &p->h.tuple.dst, &p->h.tuple.src, p->skb->ifindex, &fib,
-			    BPF_FIB_LOOKUP_OUTPUT);
-	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_FRAG_NEEDED)
+			    BPF_FIB_LOOKUP_OUTPUT | BPF_FIB_LOOKUP_DIRECT);
+	if ((result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_FRAG_NEEDED) ||
+	    fib.ifindex != p->skb->ifindex)
 		return false;
 	if (bpf_skb_load_bytes(p->skb, 6, mac, sizeof(mac)) < 0)
 		return true;

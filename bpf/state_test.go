@@ -355,3 +355,42 @@ func TestExpiryRevived(t *testing.T) {
 		t.Errorf("%d flows revived, want 1", n)
 	}
 }
+
+// A full queue loses no entry, and does not stop the expiry.
+func TestExpiryQueueFull(t *testing.T) {
+	d := load(t, 64)
+	f := families[0]
+	masquerade(d, f)
+	d.path(f, tcp).as(f.uplink, 0).sends("S", "")
+	var entry bpf.NATExpiryEntry
+	d.check(d.ExpiryQueue.LookupAndDelete(nil, &entry))
+	entry.Checked -= 10000 // stamps: more than the expiry's period ago
+	room := int(d.ExpiryQueue.MaxEntries())
+	fill := func() {
+		for range room {
+			entry.Checked++ // no two are the same
+			d.check(d.ExpiryQueue.Put(nil, entry))
+		}
+	}
+	fill()
+	checked := func() uint64 {
+		var e bpf.NATExpiry
+		d.check(d.Expiry.Lookup(uint32(0), &e))
+		return e.Checked
+	}
+	before := checked()
+	d.configure(nil)
+	d.startExpiry()
+	d.until("every entry was looked at", 10*time.Second, func() bool { return checked()-before >= uint64(room) })
+	left := 0
+	for d.ExpiryQueue.LookupAndDelete(nil, &entry) == nil {
+		left++
+	}
+	if left != room {
+		t.Errorf("%d entries are left of %d", left, room)
+	}
+	entry.Checked -= 10000
+	fill()
+	d.configure(func(c *bpf.NATConfig) { c.Timeout = [8]uint32{} })
+	d.emptied()
+}

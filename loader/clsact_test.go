@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 
@@ -205,8 +206,9 @@ func TestLoad(t *testing.T) {
 	}
 	again, err := Load(context.Background(), h.inst, h.options(Auto))
 	must(t, err)
-	if diff := cmp.Diff(commands, again); diff != "" {
-		t.Error(diff)
+	filters := slices.DeleteFunc(slices.Clone(commands), func(c string) bool { return strings.HasPrefix(c, "tc qdisc add ") })
+	if diff := cmp.Diff(filters, again); diff != "" || len(filters) == len(commands) {
+		t.Errorf("once the qdiscs are there, the filters alone are to be added: %s", diff)
 	}
 	opts := h.options(Auto)
 	opts.Spec = small(1)

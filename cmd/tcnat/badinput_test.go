@@ -105,7 +105,7 @@ func TestBadInputNotAttached(t *testing.T) {
 	h.check(lines)
 	h.check([]refused{
 		{"attach --bridge docker0 --uplink eth9", 1, "attach: uplink eth9: no such device (have: docker0, vethc1, eth0)"},
-		{"attach --bridge docker0 --uplink eth0 --max-flows 1000000000", 1, "attach: max flows 1000000000: at most 67108864"},
+		{"attach --bridge docker0 --uplink eth0 --max-flows 1000000000", 2, "attach: --max-flows 1000000000: over 67108864"},
 		{"attach", 1, "attach: instance INSTANCE: name at least one bridge: not attached yet"},
 	})
 	r := h.tcnat("detach")
