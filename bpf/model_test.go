@@ -97,7 +97,6 @@ type choice struct {
 	ports portRange
 	// claim answers the reply tuple with that port.
 	claim func(port uint16) tuple
-	outer []netip.Addr // addresses of which the datapath has its choice; nil: the claim's
 }
 
 // outward answers the choice for a first packet of a container, or why there is none.

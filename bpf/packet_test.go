@@ -66,8 +66,6 @@ func (p packet) to(a netip.AddrPort) packet       { p.dst = a; return p }
 func (p packet) with(change func(*packet)) packet { change(&p); return p }
 func (p packet) between(s, d macs) packet         { p.srcMAC, p.dstMAC = s.mac, d.mac; return p }
 func (p packet) forwarded() packet                { p.ttl = p.hops() - 1; return p }
-func (p packet) cut(n int) packet                 { p.quoteLen = n; return p }
-func (p packet) quoting(q packet) packet          { p.quote = &q; return p }
 func (p packet) addrs(s, d netip.AddrPort) packet { p.src, p.dst = s, d; return p }
 func (p packet) hops() uint8 {
 	if p.ttl == 0 {
