@@ -257,7 +257,9 @@ func TestBPFFS(t *testing.T) {
 	h.wantNothing()
 
 	h.inst.BPFFS = ""
-	must(t, unix.Unmount(defaultBPFFS, 0))
+	// The test's own, and one of the machine's that may lie below.
+	for unix.Unmount(defaultBPFFS, 0) == nil {
+	}
 	h.attach(h.options(TCX))
 	info, err := os.Stat(defaultBPFFS)
 	must(t, err)
