@@ -7,7 +7,7 @@
  *  4. insert the original half with BPF_NOEXIST.
  * When another CPU makes the same flow at that moment, the slower one finds either the claim
  * taken, and helps to finish the other's flow, or the original half: then it gives back its
- * own claim, which no packet has seen yet. No packet is lost to a race.
+ * own claim, which no packet has seen yet. So neither packet is lost, while there is room.
  */
 #pragma once
 

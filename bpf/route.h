@@ -90,8 +90,8 @@ static __noinline enum route route_of(const struct packet *p, __u32 *ifindex)
 }
 
 /* The address that the host itself would use towards dst by the device (masquerade). The
- * kernel's own choice where it tells (6.7), so a changed address needs no process that
- * notices; before that the table that attach made.
+ * kernel's own choice where it tells (6.7), so that new flows follow a changed address with no
+ * process to notice it; before that the table that attach made.
  */
 static __noinline bool source_address(const struct packet *p, __u32 ifindex, struct addr *to)
 {

@@ -41,8 +41,8 @@ static __noinline enum verdict open_outward(struct packet *p)
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
-	/* before the rules are read: when they change now, this flow is of the old ones */
 	plan_begin(p, plan);
+	/* before the rules are read: when they change now, this flow is of the old ones */
 	plan->generation = generation_of(0);
 	plan->original_class = CLASS_BRIDGE;
 	plan->original_ifindex = p->skb->ingress_ifindex;

@@ -44,7 +44,7 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 		bpf.NATCounterDROP_NO_PORT:         {"no-port", "No outside port was free for a new flow; give the SNAT rule more ports or addresses."},
 		bpf.NATCounterDROP_TABLE_FULL:      {"table-full", "The flow table is full and a new flow was refused; attach with a larger --max-flows."},
 		bpf.NATCounterDROP_NO_MEMORY:       {"no-memory", "The kernel had no memory for a new flow; usually the memory limit of the control group that attach ran in."},
-		bpf.NATCounterDROP_ENDING:          {"ending", "The packet's flow was just being ended, by its timeout, a flush or a deleted rule; the next packet makes a new one."},
+		bpf.NATCounterDROP_ENDING:          {"ending", "The packet's flow was just being ended, by its timeout, a flush or a deleted rule; a later packet makes a new one."},
 		bpf.NATCounterDROP_REWRITE:         {"rewrite", "The kernel refused to change the packet, so it was dropped half translated."},
 		bpf.NATCounterFLOWS_CREATED:        {"flows-created", "A flow was made."},
 		bpf.NATCounterFLOWS_ENDED:          {"flows-ended", "A flow ended, by its timeout, a flush or a deleted rule."},
