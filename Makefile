@@ -13,7 +13,7 @@ DOCKER_BUILD_FLAGS ?=
 # Arguments for `go test`, as in `make test TESTFLAGS='-run Docker -v ./internal/dockertest'`.
 TESTFLAGS ?= ./...
 
-C_FILES = $(wildcard bpf/*.c bpf/*.h)
+C_FILES = $(wildcard bpf/*.c bpf/*.h internal/bench/*.c)
 STATICCHECK = $(GO) tool -modfile=.ci/lint.mod staticcheck
 
 .PHONY: all
@@ -30,7 +30,7 @@ build: ## Build bin/tcnat (needs Go alone: generated files are committed)
 .PHONY: generate
 generate: ## Compile the BPF programs and generate their Go (installs clang where it is missing)
 	@.ci/install-tools build
-	$(GO) generate ./bpf
+	$(GO) generate ./bpf ./internal/bench
 
 .PHONY: generate-docker
 generate-docker: ## The same with the toolchain of Dockerfile.build
@@ -39,9 +39,9 @@ generate-docker: ## The same with the toolchain of Dockerfile.build
 
 .PHONY: generated
 generated: ## Fail unless the generated files are what the sources give
-	@sum() { cat bpf/nat_bpf* | sha256sum; }; \
+	@sum() { cat bpf/nat_bpf* internal/bench/rig_bpf* | sha256sum; }; \
 	before=$$(sum); $(MAKE) --no-print-directory generate; \
-	[ "$$before" = "$$(sum)" ] || { echo "bpf: the generated files were not what the sources give: commit what make generate made" >&2; exit 1; }
+	[ "$$before" = "$$(sum)" ] || { echo "the generated files were not what the sources give: commit what make generate made" >&2; exit 1; }
 
 .PHONY: check
 check: fmt-check vet lint generated ## All that needs no privilege: formatting, vet, lint, generated files
@@ -84,6 +84,10 @@ test-long: need-root ## All tests, with the long transfers and timers too
 .PHONY: demo
 demo: need-root build ## Show NAT and a published port in throw-away namespaces (root)
 	bin/tcnat lab demo
+
+.PHONY: bench-short
+bench-short: need-root build ## Compare this NAT with others, everything a little (root; docs/performance.md has the full run)
+	bin/tcnat bench --short
 
 .PHONY: need-root
 need-root:

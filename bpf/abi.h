@@ -53,6 +53,7 @@ struct tuple {
 enum device_class {
 	CLASS_BRIDGE = 1,
 	CLASS_UPLINK = 2,
+	CLASS_PORT = 3, /* of a bridge; never a half's class: its packets are the bridge's */
 } __attribute__((packed));
 
 enum role {
@@ -74,47 +75,109 @@ enum tcp_seen {
 	TCP_SEEN_ACK = 8, /* a segment without SYN: the handshake is over */
 } __attribute__((packed));
 
-/* Life of a flow, in the reply half's life word alone; changed by compare-and-swap only.
- * LIVE -> ENDING (by the expiry) -> LIVE (a packet revived it) or DEAD. Whoever swaps to
- * DEAD owns the flow's end: nobody else deletes or replaces its halves. A packet that
- * needs the tuple takes over that way, in one step from LIVE or ENDING; what it leaves is
- * BURIED at the expiry's next visit and deleted at the one after.
+/* Life of a flow, in the reply half alone. LIVE -> ENDING (by the expiry) -> LIVE (a packet
+ * revived it) or DEAD. Whoever swaps to DEAD owns the flow's end: nobody else deletes or
+ * replaces its halves. A packet that needs the tuple takes over that way, in one step from
+ * LIVE or ENDING; what it leaves is BURIED at the expiry's next visit and deleted at the
+ * one after. An original half has lives of its own, which only say whether its packets have
+ * to look at the reply half.
  */
 enum life {
 	LIFE_LIVE = 0,
 	LIFE_ENDING = 1,
 	LIFE_DEAD = 2,
 	LIFE_BURIED = 3,
-};
+	LIFE_ORIGINAL = 4,
+	LIFE_ORIGINAL_ENDING = 5,
+} __attribute__((packed));
+
+/* Changed as a whole, by compare-and-swap only: an element's memory may become another half's
+ * between a look at it and the swap, and then the id differs, or the life of an original.
+ */
+struct standing {
+	__u32 id; /* of the flow, the same in both halves */
+	enum life life;
+	__u8 mapped; /* reply half only: the flow holds its endpoint's mapping */
+	__u16 pad;
+} __attribute__((aligned(8)));
+
+/* Why a half has no lease, in lease.out; adjacencies have the numbers from there on. */
+enum unleased {
+	UNLEASED = 0,	      /* no packet since it ran out has been seen through */
+	UNLEASED_DEVICE = 1,  /* a device that it would be for may have none */
+	UNLEASED_NO_ROOM = 2, /* no adjacency was free */
+	ADJACENCY_FIRST = 16,
+} __attribute__((packed));
+
+/* The right of one direction to the fast path, for LEASE_STAMPS from stamp: for packets that
+ * come in as adjacency in says, and go out as adjacency out says. Read and written at once.
+ */
+struct lease {
+	__u16 out;
+	__u16 in;    /* 0: not known yet */
+	__u32 stamp; /* when the host was last seen, or asked, to let such a packet through */
+} __attribute__((aligned(8)));
 
 /* One direction of a flow; the map's key is this direction's tuple. Only packets of
- * this direction write seen, packets, bytes, tcp and routed.
+ * this direction write seen, packets, bytes, tcp and lease.
  */
 struct half {
 	struct tuple other; /* the other half's key; a packet leaves as its inverse */
 	__u64 packets;
 	__u64 bytes;
-	__u32 id;	  /* of the flow, the same in both halves */
+	struct standing standing;
+	struct lease lease;
 	__u32 guard;	  /* binds id, own key and other: half_guard() in flow.h */
 	__u32 ifindex;	  /* only packets that came in by it belong; 0: any of the class */
 	__u32 rule;	  /* id of the rule that made the flow, 0: none */
 	__u32 generation; /* of that rule; a differing one ends the flow */
 	__u32 seen;	  /* stamp of the last packet */
-	enum life life;	  /* reply half only */
 	enum role role;
 	enum device_class class; /* of the device that may present it */
 	enum translation translation;
 	enum tcp_seen tcp;
-	__u32 routed; /* stamp of the last look at where the host routes it */
-	__u8 ending;  /* own direction must look at the reply half's life word */
-	__u8 mapped;  /* reply half only: the flow holds its endpoint's mapping */
-	__u16 pad;
-	__u8 lease[8]; /* room for the fast path's lease: an element is 192 bytes so far */
 };
 
-/* One outside port per inside endpoint (RFC 4787, REQ-1). Two entries a mapping:
- * inside: (inside address, port, outside address) -> outside port, and
- * outside: (outside address, port) -> inside endpoint, which is the claim.
+enum adjacency_state {
+	ADJACENCY_FREE = 0,
+	ADJACENCY_BUSY = 1, /* being filled in */
+	ADJACENCY_READY = 2,
+};
+
+enum adjacency_flag {
+	ADJACENCY_L3 = 1,   /* the device has no Ethernet header */
+	ADJACENCY_PEER = 2, /* a port: straight to the other end of the veth */
+	ADJACENCY_MARK = 4, /* our program is on the device's egress: mark what is redirected */
+};
+
+/* Where packets go, or come from: a device, and the Ethernet addresses on it. Many leases share
+ * one. It is used again for another after ADJACENCY_STAMPS without a new lease, by when
+ * the last lease has long run out.
+ */
+struct adjacency {
+	__u32 used; /* stamp; with state, changed at once by compare-and-swap */
+	enum adjacency_state state;
+	__u32 ifindex;
+	__u32 mtu;	 /* of what goes out, in bytes of IP; 0 where packets come from */
+	__u8 remote[6];	 /* the neighbour's address */
+	__u8 local[6];	 /* the host's own */
+	__be16 protocol; /* the three are the link header of what goes out, but for the order */
+	__u16 pad;
+	enum adjacency_flag flags;
+	__u32 pad2;
+} __attribute__((aligned(8)));
+
+/* Who owns an Ethernet address on a bridge. */
+struct port_key {
+	__u32 bridge;
+	__u8 mac[6];
+	__u16 pad;
+};
+
+/* One outside port per inside endpoint (RFC 4787, REQ-1). An entry a mapping, which is the claim of
+ * the port: outside: (outside address, port) -> inside endpoint. And one more where the
+ * endpoint has not kept its own port:
+ * inside: (inside address, port, outside address) -> outside port.
  */
 enum mapping_side {
 	MAPPING_INSIDE = 1,
@@ -131,7 +194,7 @@ struct mapping_key {
 
 struct mapping {
 	struct addr addr; /* the other side's address */
-	__u64 hold;	  /* inside entry: id << 32 | flows that hold it; 0 flows: being deleted */
+	__u64 hold;	  /* outside entry: id << 32 | flows that hold it; 0 flows: being deleted */
 	__be16 port;	  /* the other side's port */
 	__u16 pad;
 	__u32 pad2;
@@ -151,6 +214,10 @@ struct expiry {
 	__u64 longest; /* ns of the longest tick, pauses of the machine included */
 	__u64 slow;    /* ticks of more than EXPIRY_SLOW_NS */
 	__u64 checked; /* entries looked at so far */
+	__u32 period;  /* stamps between two looks at a flow; 0: EXPIRY_PERIOD */
+	__u32 looks;   /* since the period was last thought over */
+	__u32 over;    /* of these, flows that were over */
+	__u32 pad;
 };
 
 /* Rules. An any-address destination is all zero behind the IPv4 prefix or 16 zero bytes. */
@@ -238,6 +305,8 @@ enum attach_kind {
 enum device_flag {
 	DEVICE_OWN_QDISC = 1, /* attach made the clsact qdisc, detach removes it */
 	DEVICE_L3 = 2,	      /* no Ethernet header */
+	DEVICE_SLOW = 4,      /* no fast path: programs or filters of others are on its hooks */
+	DEVICE_PEER = 8,      /* a port: packets may go straight to the other end of its veth */
 };
 
 struct device {
@@ -245,6 +314,9 @@ struct device {
 	__u8 pad[3];
 	enum attach_kind attach;
 	enum device_flag flags;
+	__u32 bridge; /* of a port */
+	__u8 mac[6];  /* of a port: its container's; of a bridge: its own */
+	__u16 pad2;
 };
 
 enum timeout {
@@ -265,17 +337,48 @@ enum config_flag {
 	CONFIG_ROUTED = 8,	   /* no masquerade: no rule means untranslated */
 };
 
+/* Which of the two sets of rule maps is in force, and what kinds of rules it has: a map that has none
+ * need not be asked. The kinds of DNAT rules are shifted by enum dnat_kind. What is above is Go's
+ * own (maps/rulesword.go).
+ */
+enum rules_word {
+	RULES_SET = 1,
+	RULES_DNAT_PORTS = 0x100,
+	RULES_DNAT_RANGES = 0x1000,
+	RULES_SNAT_DEVICE = 0x10000,
+};
+
+/* In the order in which they are asked: a specific address before any, within that a device's own
+ * rule before one for all.
+ */
+enum dnat_kind {
+	DNAT_ADDRESS_DEVICE = 0,
+	DNAT_ADDRESS = 1,
+	DNAT_ANY_DEVICE = 2,
+	DNAT_ANY = 3,
+	DNAT_KINDS = 4,
+};
+
+enum fast_path {
+	FAST_PATH_OFF = 0,
+	FAST_PATH_ESTABLISHED = 1, /* a lease is granted for what the host let through */
+	FAST_PATH_ALWAYS = 2,	   /* the routing table is asked instead, the firewall is not */
+} __attribute__((packed));
+
 /* Written by Go as a whole, under the instance's lock. live and rules change in one byte, so
  * a program reads the old value or the new one: live is the commit of an attach.
  */
 struct config {
 	__u64 live;  /* 0: the programs pass every packet on */
-	__u64 rules; /* which of the two sets of rule maps is in force, 0 or 1 */
+	__u64 rules; /* enum rules_word */
 	__u64 netns_cookie;
 	__u64 secret[2]; /* key of the hash that picks ports */
 	enum config_flag flags;
 	__u32 max_flows;
 	__u32 timeout[8]; /* stamps, by enum timeout */
+	__u32 mark;	  /* one bit: the packet was redirected, its way is decided */
+	enum fast_path fast_path;
+	__u8 pad[3];
 };
 
 /* Counters: what is dropped and why, which helper failed, what happened. */
@@ -311,6 +414,8 @@ enum counter {
 	MAPPINGS_CREATED,
 	MAPPINGS_ENDED,
 	PORTS_SHARED,
+	LEASES_GRANTED,
+	PACKETS_REDIRECTED,
 	TIMER_RESTARTED,
 	TIMER_FAILED,
 	COUNTER_COUNT,
@@ -318,9 +423,17 @@ enum counter {
 
 #define PORT_TRIES 64
 
+/* Index 0 to ADJACENCY_FIRST - 1 are no adjacencies. */
+#define ADJACENCIES 16384
+
 _Static_assert(sizeof(struct addr) == 16, "addr");
 _Static_assert(sizeof(struct tuple) == 40, "tuple");
-_Static_assert(sizeof(struct half) == 104, "half: 48 + 40 + 104 = kmalloc-192");
+_Static_assert(sizeof(struct half) == 96, "half: 8 + 48 + 40 + 96 = kmalloc-192");
+_Static_assert(sizeof(struct standing) == 8, "standing: one compare-and-swap");
+_Static_assert(sizeof(struct lease) == 8, "lease: one access");
+_Static_assert(sizeof(struct adjacency) == 40, "adjacency");
+_Static_assert(sizeof(struct port_key) == 12, "port_key");
+_Static_assert(sizeof(struct device) == 24, "device");
 _Static_assert(sizeof(struct mapping_key) == 36, "mapping_key");
 _Static_assert(sizeof(struct mapping) == 32, "mapping");
 _Static_assert(sizeof(struct expiry_entry) == 48, "expiry_entry");
@@ -330,4 +443,4 @@ _Static_assert(sizeof(struct dnat_rule) == 36, "dnat_rule");
 _Static_assert(sizeof(struct rule_prefix_key) == 24, "rule_prefix_key");
 _Static_assert(sizeof(struct snat_key) == 24, "snat_key");
 _Static_assert(sizeof(struct snat_rule) == 36, "snat_rule");
-_Static_assert(sizeof(struct config) == 80, "config");
+_Static_assert(sizeof(struct config) == 88, "config");

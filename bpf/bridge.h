@@ -1,13 +1,17 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* bridge.h - the two hooks of a container bridge. Neither rewrites: they decide what containers
- * may send, and what may reach them.
+/* bridge.h - the hooks of a container bridge and of its ports. In the slow path they rewrite nothing:
+ * they decide what containers may send, and what may reach them.
  */
 #pragma once
 
+#include "always.h"
+#include "fast.h"
 #include "flow.h"
 #include "guard.h"
 #include "icmp.h"
+#include "lease.h"
 #include "parse.h"
+#include "sender.h"
 
 /* A malformed packet of a container ends here: nobody could say later whose it is. */
 static __always_inline enum verdict parse_inside(struct packet *p, __u32 l3)
@@ -25,33 +29,115 @@ static __always_inline enum verdict parse_inside(struct packet *p, __u32 l3)
 	return is_local_scope(&p->h) ? PASS : GO_ON;
 }
 
-static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3)
+/* The packet of a flow that was looked at less than a second ago. */
+static __always_inline bool is_known(const struct packet *p)
+{
+	struct lease lease;
+
+	if (!p->half || p->half->ifindex != p->skb->ifindex)
+		return false;
+	lease = lease_of(p->half);
+	return lease.in && lease_is_fresh(p, lease) && !is_other_sender(p, lease.in);
+}
+
+static __noinline void find_outward(struct packet *p)
 {
 	struct found f;
+
+	p->half = NULL;
+	if (p->absent)
+		return;
+	if (p->h.kind == KIND_FLOW && p->h.fragment == FRAGMENT_NONE &&
+	    half_find(&p->h.tuple, &f, false) && half_accepts(f.half, CLASS_BRIDGE, p->bridge)) {
+		p->half = f.half;
+		p->id = f.id;
+	}
+}
+
+/* first: see to a flow's first packet, too (--fast-path always). */
+static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3, bool first)
+{
 	enum verdict v;
 
 	if (p->skb->pkt_type != PACKET_HOST || is_vlan(p->skb))
 		return PASS;
+	v = fast_from_bridge(p);
+	if (v != GO_ON)
+		return v;
+	if (!first && is_known(p))
+		return PASS;
 	v = parse_inside(p, l3);
 	if (v != GO_ON)
 		return v;
+	p->bridge = p->skb->ifindex;
 	if (is_loopback(&p->h))
 		return drop(p, DROP_LOOPBACK);
-	if (bridge_of(&p->h.tuple.src) != p->skb->ifindex)
-		return drop(p, DROP_SPOOFED_ADDRESS);
-	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE ||
-	    !half_find(&p->h.tuple, &f, false) ||
-	    !half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex)) {
-		if (is_foreign_mac(p))
-			return drop(p, DROP_SPOOFED_MAC);
-		return guard_route(p);
+	v = check_sender(p);
+	if (v != GO_ON)
+		return v;
+	find_outward(p);
+	if (first) {
+		v = forward_at_once(p, p->in);
+		if (v != GO_ON)
+			return v;
 	}
-	if (p->now - f.half->routed < ROUTE_CHECK_STAMPS)
-		return PASS;
-	v = guard_route(p);
-	if (v == PASS)
-		f.half->routed = p->now;
-	return v;
+	return p->half ? guard_flow(p) : guard_route(p);
+}
+
+/* Whether a frame's source address is another port's. Dropped here, before the bridge sees it, it
+ * cannot lead the bridge's own table astray.
+ */
+static __always_inline bool is_stolen_mac(const struct packet *p)
+{
+	const struct device *port;
+	struct port_key key = {};
+	__u32 *owner, ifindex = p->skb->ifindex;
+
+	port = bpf_map_lookup_elem(&devices, &ifindex);
+	if (!port || bpf_skb_load_bytes(p->skb, 6, key.mac, sizeof(key.mac)))
+		return false;
+	if (mac_equal(key.mac, port->mac))
+		return false;
+	key.bridge = port->bridge;
+	owner = bpf_map_lookup_elem(&ports, &key);
+	return owner && *owner != ifindex;
+}
+
+/* At a port only what its own container sends to the host may be forwarded at once: the bridge, which
+ * knows whom a frame is for, comes later.
+ */
+static __always_inline enum verdict port_first(struct packet *p, __u32 l3)
+{
+	struct adjacency in = {.ifindex = p->skb->ifindex};
+	const struct device *port, *bridge;
+
+	port = bpf_map_lookup_elem(&devices, &in.ifindex);
+	if (is_slow_device(port) || bpf_skb_load_bytes(p->skb, 0, in.local, sizeof(in.local)) ||
+	    bpf_skb_load_bytes(p->skb, 6, in.remote, sizeof(in.remote)))
+		return GO_ON;
+	p->bridge = port->bridge;
+	bridge = bpf_map_lookup_elem(&devices, &p->bridge);
+	if (is_slow_device(bridge) || !mac_equal(in.local, bridge->mac) ||
+	    !mac_equal(in.remote, port->mac) || parse_inside(p, l3) != GO_ON ||
+	    is_loopback(&p->h) || !is_plain(&p->h) || check_sender(p) != GO_ON)
+		return GO_ON;
+	find_outward(p);
+	return forward_at_once(p, adjacency_find(&in, p->now));
+}
+
+/* A port sees everything that its container sends, also to its neighbours. */
+static __always_inline enum verdict port_ingress(struct packet *p, __u32 l3, bool first)
+{
+	enum verdict v;
+
+	if (!is_vlan(p->skb)) {
+		v = first ? fast_from_bridge(p) : fast_path(p, CLASS_BRIDGE, l3);
+		if (v == GO_ON && first)
+			v = port_first(p, l3);
+		if (v != GO_ON)
+			return v;
+	}
+	return is_stolen_mac(p) ? drop(p, DROP_SPOOFED_MAC) : PASS;
 }
 
 /* A forwarded packet may enter as part of a flow: what from_uplink sent on is the inverse of
@@ -63,17 +149,24 @@ static __always_inline bool belongs(struct packet *p)
 	struct found f;
 
 	if (p->h.kind == KIND_ICMP_ERROR) {
-		struct headers quoted = {};
+		struct plan *plan = plan_get();
+		struct headers *quoted;
 
 		/* from_uplink has put the container's own packet into the quote */
-		if (parse_quoted(p, &quoted) != PARSED || quoted.kind != KIND_FLOW)
+		if (!plan)
 			return false;
-		return addr_equal(&p->h.tuple.dst, &quoted.tuple.src) &&
-		       half_find(&quoted.tuple, &f, true) &&
+		quoted = &plan->quote.h;
+		if (parse_quoted(p, quoted) != PARSED || quoted->kind != KIND_FLOW)
+			return false;
+		return addr_equal(&p->h.tuple.dst, &quoted->tuple.src) &&
+		       half_find(&quoted->tuple, &f, true) &&
 		       half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex);
 	}
 	tuple_invert(&key, &p->h.tuple);
-	return half_find(&key, &f, true) && half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex);
+	if (!half_find(&key, &f, true) || !half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex))
+		return false;
+	lease_inward(p, &f);
+	return true;
 }
 
 static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
@@ -81,6 +174,8 @@ static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 	__u32 ifindex = p->skb->ingress_ifindex;
 	enum verdict v;
 
+	if (is_redirected(p))
+		return PASS;
 	if (!ifindex || is_vlan(p->skb))
 		return PASS; /* the host's own */
 	v = parse_inside(p, l3);

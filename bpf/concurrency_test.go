@@ -56,6 +56,66 @@ type worker struct {
 	outcome map[string]int
 	wrong   []string
 	began   time.Time
+	fast    bool // packets meet the bridge's programs as well, which grant and use leases
+}
+
+// macAt answers the n-th container's address on its bridge.
+func macAt(n int) macs {
+	mac := slices.Clone(containerMAC.mac)
+	mac[5] += byte(n)
+	return macs{mac}
+}
+
+// link answers a packet with the link header that it leaves by; nil: with that it came by.
+type link func(packet) packet
+
+func (l link) of(p packet) []byte {
+	if l == nil {
+		return p.frame()
+	}
+	return l(p).frame()
+}
+
+// leave sends a container's packet as far as the uplink.
+func (w *worker) leave(in packet) (verdict uint32, out []byte, by link) {
+	if w.fast {
+		verdict, out = w.runOnce(fromBridge(), in.frame())
+		if verdict == redirect {
+			w.outcome["redirected out"]++
+			return unspec, out, func(p packet) packet { return p.forwarded().between(uplinkMAC, gatewayMAC) }
+		}
+		if verdict != unspec {
+			return verdict, out, nil
+		}
+	}
+	by = func(p packet) packet { return p.between(uplinkMAC, gatewayMAC) }
+	verdict, out = w.runOnce(toUplink(), by.of(in))
+	return verdict, out, by
+}
+
+// arrive receives a packet of the world, which is for the n-th container if it is for one.
+func (w *worker) arrive(in packet) (verdict uint32, out []byte, by func(n int) link) {
+	verdict, out = w.runOnce(fromUplink(), in.frame())
+	if verdict == redirect {
+		w.outcome["redirected in"]++
+		return unspec, out, func(n int) link {
+			return func(p packet) packet { return p.forwarded().between(bridgeMAC, macAt(n)) }
+		}
+	}
+	return verdict, out, func(int) link { return nil }
+}
+
+// enter sends what arrive has translated on into the bridge, where its direction gets a lease.
+func (w *worker) enter(out []byte, n int, by link) {
+	if !w.fast || by != nil {
+		return
+	}
+	out = slices.Clone(out)
+	copy(out, macAt(n).mac)
+	copy(out[6:], bridgeMAC.mac)
+	if verdict, _ := w.runOnce(toBridge(), out); verdict != unspec {
+		w.outcome["not let in"]++ // its flow has ended meanwhile
+	}
 }
 
 // The containers outnumber the ports, and take turns in speaking, so that ports are handed
@@ -75,8 +135,8 @@ func (f family) containerAt(n int) netip.Addr {
 }
 
 // speaker answers a container whose turn it is.
-func (w *worker) speaker() netip.Addr {
-	return w.containerAt((int(time.Since(w.began)/turn) + w.IntN(2)) % containers)
+func (w *worker) speaker() int {
+	return (int(time.Since(w.began)/turn) + w.IntN(2)) % containers
 }
 
 // runOnce is run without the test's failing: workers are not the test's goroutine.
@@ -98,17 +158,18 @@ func (w *worker) fail(format string, args ...any) {
 // outward sends a packet of a container and, when it left, its reply.
 func (w *worker) outward() {
 	proto := pick(w.Rand, []uint8{protoTCP, protoUDP})
-	inside := at(w.speaker(), 40000+uint16(w.IntN(2)))
+	n := w.speaker()
+	inside := at(w.containerAt(n), 40000+uint16(w.IntN(2)))
 	world := at(pick(w.Rand, []netip.Addr{w.family.world, w.router}), 443)
-	in := packet{src: inside, dst: world, proto: proto, tcp: pick(w.Rand, []string{"S", "A", "A", "PA", "FA"}), payload: []byte(inside.String())}
+	in := packet{src: inside, dst: world, proto: proto, tcp: pick(w.Rand, []string{"S", "A", "A", "PA", "FA"}), payload: []byte(inside.String())}.between(macAt(n), bridgeMAC)
 	began := time.Now()
-	verdict, out := w.runOnce(toUplink(), in.frame())
+	verdict, out, by := w.leave(in)
 	if verdict != unspec {
 		w.outcome["out dropped"]++
 		return
 	}
 	outside := at(w.poolFirst, sourcePort(w.family, proto, out))
-	if !bytes.Equal(out, in.from(outside).frame()) {
+	if !bytes.Equal(out, by.of(in.from(outside))) {
 		w.fail("out %s became\n%s", in.tuple(), describe(out))
 		return
 	}
@@ -122,7 +183,7 @@ func (w *worker) outward() {
 func (w *worker) reply(claim tuple) {
 	in := packet{src: claim.src, dst: claim.dst, proto: claim.proto, tcp: "A", payload: []byte("reply")}.between(gatewayMAC, uplinkMAC)
 	began := time.Now()
-	verdict, out := w.runOnce(fromUplink(), in.frame())
+	verdict, out, by := w.arrive(in)
 	if verdict != unspec {
 		w.fail("reply %s: verdict %d", claim, int32(verdict))
 		return
@@ -133,7 +194,8 @@ func (w *worker) reply(claim tuple) {
 	}
 	for n := range containers {
 		for port := uint16(40000); port < 40002; port++ {
-			if inside := at(w.containerAt(n), port); bytes.Equal(out, in.to(inside).frame()) {
+			if inside := at(w.containerAt(n), port); bytes.Equal(out, by(n).of(in.to(inside))) {
+				w.enter(out, n, by(n))
 				w.outcome["reply"]++
 				w.uses.note(claim, tuple{claim.proto, inside, claim.src}, began)
 				return
@@ -151,7 +213,7 @@ func (w *worker) inward() {
 		proto: proto, tcp: pick(w.Rand, []string{"S", "A", "PA"}), payload: []byte("request"),
 	}.between(gatewayMAC, uplinkMAC)
 	began := time.Now()
-	verdict, out := w.runOnce(fromUplink(), in.frame())
+	verdict, out, into := w.arrive(in)
 	switch {
 	case verdict != unspec:
 		w.outcome["in dropped"]++
@@ -162,17 +224,18 @@ func (w *worker) inward() {
 	}
 	client := at(in.src.Addr(), sourcePort(w.family, proto, out))
 	server := at(w.container, 80)
-	if !bytes.Equal(out, in.addrs(client, server).frame()) {
+	if !bytes.Equal(out, into(0).of(in.addrs(client, server))) {
 		w.fail("in %s became\n%s", in.tuple(), describe(out))
 		return
 	}
+	w.enter(out, 0, into(0))
 	w.outcome["in"]++
 	claim := tuple{proto, server, client}
 	w.uses.note(claim, in.tuple(), began)
 
-	answer := packet{src: server, dst: client, proto: proto, tcp: "A", payload: []byte("answer")}
+	answer := packet{src: server, dst: client, proto: proto, tcp: "A", payload: []byte("answer")}.between(macAt(0), bridgeMAC)
 	began = time.Now()
-	verdict, out = w.runOnce(toUplink(), answer.frame())
+	verdict, out, by := w.leave(answer)
 	if verdict != unspec {
 		w.outcome["answer dropped"]++
 		return
@@ -181,7 +244,7 @@ func (w *worker) inward() {
 		for port := uint16(3004); port < 3006; port++ {
 			for sp := uint16(50000); sp < 50003; sp++ {
 				owner := tuple{proto, at(client.Addr(), sp), at(host, port)}
-				if bytes.Equal(out, answer.addrs(owner.dst, owner.src).frame()) {
+				if bytes.Equal(out, by.of(answer.addrs(owner.dst, owner.src))) {
 					w.outcome["answer"]++
 					w.uses.note(claim, owner, began)
 					return
@@ -190,7 +253,7 @@ func (w *worker) inward() {
 		}
 	}
 	// or its flow ended, and the answer opened one of the container's own
-	if outside := at(w.poolFirst, sourcePort(w.family, proto, out)); bytes.Equal(out, answer.from(outside).frame()) {
+	if outside := at(w.poolFirst, sourcePort(w.family, proto, out)); bytes.Equal(out, by.of(answer.from(outside))) {
 		w.outcome["answer on its own"]++
 		w.uses.note(tuple{proto, client, outside}, answer.tuple(), began)
 		return
@@ -240,55 +303,63 @@ func TestTwoCPUs(t *testing.T) {
 		lasts = 3 * time.Second
 	}
 	for _, f := range families {
-		t.Run(f.name, func(t *testing.T) {
-			d := load(t, 4096)
-			r := seeded(t)
-			rules := ruleSet{
-				snat: []snatRule{{source: f.subnet, first: f.poolFirst, last: f.poolFirst, ports: portRange{40000, 40002}}},
-				dnat: []dnatRule{
-					publish(f, protoTCP, portRange{3004, 3005}, one(80)), publish(f, protoUDP, portRange{3004, 3005}, one(80)),
-				},
-			}
-			d.setRules(rules)
-			d.startExpiry()
-			var stop atomic.Bool
-			var running sync.WaitGroup
-			workers := make([]*worker, 2)
-			for i := range workers {
-				workers[i] = &worker{
-					datapath: d, Rand: rand.New(rand.NewPCG(r.Uint64(), 0)), family: f, uses: make(uses), outcome: make(map[string]int), began: time.Now(),
-				}
-				running.Add(1)
-				go func() {
-					defer running.Done()
-					workers[i].on(all[i], &stop)
-				}()
-			}
-			ended := d.disturb(r, rules, time.Now().Add(lasts))
-			stop.Store(true)
-			running.Wait()
-
-			d.setRules(rules)
-			merged := make(uses)
-			for _, w := range workers {
-				t.Logf("%v", w.outcome)
-				for _, s := range w.wrong {
-					t.Error(s)
-				}
-				for _, kind := range []string{"out", "reply", "in", "answer"} {
-					if w.outcome[kind] == 0 {
-						t.Errorf("no packet %q", kind)
-					}
-				}
-				for k, v := range w.uses {
-					merged[k] = append(merged[k], v...)
-				}
-			}
-			t.Logf("%d flows ended; counted %s", ended, d.counts())
-			checkUses(t, merged)
-			d.emptied()
-		})
+		t.Run(f.name, func(t *testing.T) { twoCPUs(t, f, all, lasts, false) })
+		t.Run(f.name+"/fast", func(t *testing.T) { twoCPUs(t, f, all, lasts, true) })
 	}
+}
+
+func twoCPUs(t *testing.T, f family, all []int, lasts time.Duration, fast bool) {
+	d := load(t, 4096)
+	r := seeded(t)
+	rules := ruleSet{
+		snat: []snatRule{{source: f.subnet, first: f.poolFirst, last: f.poolFirst, ports: portRange{40000, 40002}}},
+		dnat: []dnatRule{
+			publish(f, protoTCP, portRange{3004, 3005}, one(80)), publish(f, protoUDP, portRange{3004, 3005}, one(80)),
+		},
+	}
+	d.setRules(rules)
+	kinds := []string{"out", "reply", "in", "answer"}
+	if fast {
+		d.setFast(bpf.NATFastPathFAST_PATH_ESTABLISHED, false)
+		kinds = append(kinds, "redirected out", "redirected in")
+	}
+	d.startExpiry()
+	var stop atomic.Bool
+	var running sync.WaitGroup
+	workers := make([]*worker, 2)
+	for i := range workers {
+		workers[i] = &worker{
+			datapath: d, Rand: rand.New(rand.NewPCG(r.Uint64(), 0)), family: f, uses: make(uses), outcome: make(map[string]int), began: time.Now(), fast: fast,
+		}
+		running.Add(1)
+		go func() {
+			defer running.Done()
+			workers[i].on(all[i], &stop)
+		}()
+	}
+	ended := d.disturb(r, rules, time.Now().Add(lasts))
+	stop.Store(true)
+	running.Wait()
+
+	d.setRules(rules)
+	merged := make(uses)
+	for _, w := range workers {
+		t.Logf("%v", w.outcome)
+		for _, s := range w.wrong {
+			t.Error(s)
+		}
+		for _, kind := range kinds {
+			if w.outcome[kind] == 0 {
+				t.Errorf("no packet %q", kind)
+			}
+		}
+		for k, v := range w.uses {
+			merged[k] = append(merged[k], v...)
+		}
+	}
+	t.Logf("%d flows ended; counted %s", ended, d.counts())
+	checkUses(t, merged)
+	d.emptied()
 }
 
 // disturb ends flows and changes rules until the time given; it answers how many flows it
@@ -316,7 +387,7 @@ func (d *datapath) disturb(r *rand.Rand, rules ruleSet, until time.Time) (ended 
 			continue
 		}
 		for key, half := range d.allHalves() {
-			if half.Role == bpf.NATRoleROLE_REPLY && r.IntN(8) == 0 && d.endFlow(goTuple(key), half.Id) {
+			if half.Role == bpf.NATRoleROLE_REPLY && r.IntN(8) == 0 && d.endFlow(goTuple(key), half.Standing.Id) {
 				ended++
 			}
 		}

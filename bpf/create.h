@@ -28,26 +28,29 @@ enum created {
  */
 static __always_inline enum created own_ended(struct plan *plan)
 {
-	struct half *half = bpf_map_lookup_elem(&flows, &plan->original);
-	struct half *reply;
-	__u32 was;
+	struct half *half, *reply;
+	struct standing was;
 
+	if (plan->absent)
+		return CREATED;
+	half = bpf_map_lookup_elem(&flows, &plan->original);
 	if (!half)
 		return CREATED;
 	plan->old_claim = half->other;
-	plan->old_id = half->id;
+	plan->old_id = half->standing.id;
 	reply = bpf_map_lookup_elem(&flows, &plan->old_claim);
 	if (half->role != ROLE_ORIGINAL)
 		return CREATED_NOT;
-	if (!reply || reply->id != plan->old_id) {
+	if (reply)
+		was = standing_of(reply);
+	if (!reply || was.id != plan->old_id) {
 		/* being deleted; or, if it stays, a half that nobody else would ever delete */
 		if (plan->now - half->seen < 2 * EXPIRY_PERIOD)
 			return CREATED_NOT;
 		bpf_map_delete_elem(&flows, &plan->original);
 		return CREATED;
 	}
-	was = reply->life;
-	if (was > LIFE_ENDING)
+	if (was.life > LIFE_ENDING)
 		return CREATED_NOT; /* somebody else owns its end */
 	if (rule_current(half->rule, half->generation) && !flow_closed(half, reply)) {
 		if (half_accepts(half, plan->original_class, plan->original_ifindex))
@@ -55,10 +58,10 @@ static __always_inline enum created own_ended(struct plan *plan)
 		plan->reason = DROP_SPOOFED_ADDRESS;
 		return CREATED_NOT;
 	}
-	if (swap_life(reply, was, LIFE_DEAD) != was)
+	if (!swap_life(reply, was, LIFE_DEAD))
 		return CREATED_NOT;
 	plan->takeover = true;
-	plan->old_mapped = reply->mapped;
+	plan->old_mapped = was.mapped;
 	count(FLOWS_TAKEN_OVER);
 	return CREATED;
 }
@@ -70,7 +73,9 @@ static __always_inline void fill_half(struct plan *plan, enum role role)
 
 	__builtin_memset(half, 0, sizeof(*half));
 	half->other = original ? plan->entry.claim : plan->original;
-	half->id = plan->entry.id;
+	half->standing.id = plan->entry.id;
+	half->standing.life = original ? LIFE_ORIGINAL : LIFE_LIVE;
+	half->standing.mapped = !original && plan->map;
 	half->rule = plan->rule;
 	half->generation = plan->generation;
 	half->seen = plan->now;
@@ -78,9 +83,12 @@ static __always_inline void fill_half(struct plan *plan, enum role role)
 	half->role = role;
 	half->class = original ? plan->original_class : plan->reply_class;
 	half->ifindex = original ? plan->original_ifindex : plan->reply_ifindex;
-	/* the original's first packet is here: its route is known; the reply's is asked for */
-	half->routed = original ? plan->now : plan->now - ROUTE_CHECK_STAMPS;
-	half->mapped = !original && plan->map;
+	half->lease.stamp = plan->now;
+	if (!original)
+		return;
+	half->packets = plan->packets;
+	half->bytes = plan->bytes;
+	half->tcp = plan->tcp;
 }
 
 /* An atomic operation with a result orders all memory accesses around it. */
@@ -101,8 +109,8 @@ static __always_inline void give_back_claim(struct plan *plan)
 		mapping_drop(&plan->original, &plan->entry.claim);
 	full_barrier(plan);
 	original = bpf_map_lookup_elem(&flows, &plan->original);
-	if (original &&
-	    (original->id == plan->entry.id || (plan->takeover && original->id == plan->old_id)))
+	if (original && (original->standing.id == plan->entry.id ||
+			 (plan->takeover && original->standing.id == plan->old_id)))
 		bpf_map_delete_elem(&flows, &plan->original);
 }
 
@@ -115,10 +123,10 @@ static __always_inline bool helped(struct plan *plan)
 
 	full_barrier(plan);
 	reply = bpf_map_lookup_elem(&flows, &plan->entry.claim);
-	if (reply && reply->id == plan->entry.id)
+	if (reply && reply->standing.id == plan->entry.id)
 		return true;
 	original = bpf_map_lookup_elem(&flows, &plan->original);
-	if (original && original->id == plan->entry.id)
+	if (original && original->standing.id == plan->entry.id)
 		bpf_map_delete_elem(&flows, &plan->original);
 	return false;
 }
@@ -169,7 +177,7 @@ __noinline enum created flow_create(struct __sk_buff *skb)
 		count(FLOWS_RACED);
 		other = bpf_map_lookup_elem(&flows, &plan->original);
 		/* unless it is the same flow, which both have helped to make */
-		if (claimed == CLAIM_DONE && (!other || other->id != plan->entry.id))
+		if (claimed == CLAIM_DONE && (!other || other->standing.id != plan->entry.id))
 			give_back_claim(plan);
 		return CREATED_BY_OTHERS;
 	}

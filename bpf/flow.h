@@ -13,7 +13,16 @@
  */
 static __always_inline __u32 half_guard(const struct tuple *key, const struct tuple *to, __u32 id)
 {
-	__u64 hash = tuple_hash(to, tuple_hash(key, id));
+	const __u64 *k = (const void *)key, *t = (const void *)to;
+	/* Multilinear: nothing waits for the product before it, as in a chain it would. The
+	 * factors are odd and have no meaning; nobody gains by choosing tuples that collide.
+	 */
+	__u64 hash = id * 0x9e3779b97f4a7c15ULL + k[0] * 0xbf58476d1ce4e5b9ULL +
+		     k[1] * 0x94d049bb133111ebULL + k[2] * 0xd6e8feb86659fd93ULL +
+		     k[3] * 0xff51afd7ed558ccdULL + k[4] * 0xc4ceb9fe1a85ec53ULL +
+		     t[0] * 0x87c37b91114253d5ULL + t[1] * 0x4cf5ad432745937fULL +
+		     t[2] * 0xe7037ed1a0b428dbULL + t[3] * 0x8ebc6af09c88c6e3ULL +
+		     t[4] * 0x589965cc75374cc3ULL;
 
 	return hash ^ hash >> 32;
 }
@@ -26,37 +35,45 @@ static __always_inline __u32 new_guard(const struct tuple *key, const struct tup
 	return half_guard(key, &to, id);
 }
 
-/* How often from_bridge asks where the host routes a flow: once a second. */
-#define ROUTE_CHECK_STAMPS (1000000000ULL >> STAMP_SHIFT)
-
 struct found {
 	struct half *half;
 	struct tuple to; /* what a packet of this direction leaves as: the inverse of half->other */
 	__u32 id;
+	bool absent; /* there is no element at all */
 };
 
 static __always_inline struct half *other_half(struct half *half, __u32 id)
 {
 	struct half *other = bpf_map_lookup_elem(&flows, &half->other);
 
-	return other && other->id == id ? other : NULL;
+	return other && other->standing.id == id ? other : NULL;
 }
 
 /* The expiry thought that the flow is over, and this packet came before the second look. */
 static __always_inline bool flow_revive(struct half *half, __u32 id)
 {
 	struct half *reply = half->role == ROLE_REPLY ? half : other_half(half, id);
-	__u32 was;
+	struct standing was;
 
 	if (!reply)
 		return false;
-	was = swap_life(reply, LIFE_ENDING, LIFE_LIVE);
-	if (was != LIFE_ENDING && was != LIFE_LIVE)
+	was = standing_of(reply);
+	if (was.life == LIFE_ENDING && was.id == id) {
+		if (swap_life(reply, was, LIFE_LIVE))
+			count(FLOWS_REVIVED);
+		was = standing_of(reply); /* another packet may have been faster */
+	}
+	if (was.life != LIFE_LIVE || was.id != id)
 		return false;
-	half->ending = false;
-	if (was == LIFE_ENDING)
-		count(FLOWS_REVIVED);
+	was = standing_of(half);
+	if (was.life == LIFE_ORIGINAL_ENDING && was.id == id)
+		swap_life(half, was, LIFE_ORIGINAL);
 	return true;
+}
+
+static __always_inline bool half_is_live(const struct half *half)
+{
+	return half->standing.life == LIFE_ORIGINAL || half->standing.life == LIFE_LIVE;
 }
 
 /* The half that a packet with this tuple belongs to, or false. peek: only look, the packet is
@@ -67,16 +84,18 @@ static __always_inline bool half_find(const struct tuple *key, struct found *f, 
 	struct half *half = bpf_map_lookup_elem(&flows, key);
 	__u32 guard;
 
+	f->half = NULL;
+	f->absent = !half;
 	if (!half)
 		return false;
 	tuple_invert(&f->to, &half->other);
-	f->id = half->id;
+	f->id = half->standing.id;
 	guard = half->guard;
 	if (guard != half_guard(key, &f->to, f->id))
 		return false;
 	if (!rule_current(half->rule, half->generation))
 		return false;
-	if (!peek && half->ending && !flow_revive(half, f->id))
+	if (!peek && !half_is_live(half) && !flow_revive(half, f->id))
 		return false;
 	f->half = half;
 	return true;
@@ -102,31 +121,43 @@ static __always_inline bool opens_anew(const struct packet *p, const struct foun
 	return other && flow_closed(f->half, other);
 }
 
+/* What a segment shows, beside what its direction has shown so far. */
+static __always_inline __u8 tcp_see(__u8 seen, __u8 flags)
+{
+	if (flags & TCP_RST)
+		seen |= TCP_SEEN_RST;
+	else
+		seen &= ~TCP_SEEN_RST;
+	if (flags & TCP_SYN)
+		seen |= TCP_SEEN_SYN;
+	else
+		seen |= TCP_SEEN_ACK;
+	if (flags & TCP_FIN)
+		seen |= TCP_SEEN_FIN;
+	return seen;
+}
+
 /* Several CPUs may carry packets of one direction: the sums are atomic, the rest is written
  * only when it changes, which is seldom enough.
  */
-static __always_inline void half_see(const struct packet *p, struct half *half)
+static __always_inline void half_count(const struct packet *p, struct half *half, __u32 length)
 {
 	__u32 segments = p->skb->gso_segs;
-	__u8 tcp;
 
 	__sync_fetch_and_add(&half->packets, segments ? segments : 1);
-	__sync_fetch_and_add(&half->bytes, p->skb->len);
+	__sync_fetch_and_add(&half->bytes, length);
 	if (half->seen != p->now)
 		half->seen = p->now;
+}
+
+static __always_inline void half_see(const struct packet *p, struct half *half)
+{
+	__u8 tcp;
+
+	half_count(p, half, p->skb->len);
 	if (p->h.tuple.proto != IPPROTO_TCP)
 		return;
-	tcp = half->tcp;
-	if (p->h.tcp & TCP_RST)
-		tcp |= TCP_SEEN_RST;
-	else
-		tcp &= ~TCP_SEEN_RST;
-	if (p->h.tcp & TCP_SYN)
-		tcp |= TCP_SEEN_SYN;
-	else
-		tcp |= TCP_SEEN_ACK;
-	if (p->h.tcp & TCP_FIN)
-		tcp |= TCP_SEEN_FIN;
+	tcp = tcp_see(half->tcp, p->h.tcp);
 	if (tcp != half->tcp)
 		half->tcp = tcp;
 }

@@ -88,8 +88,20 @@ static __always_inline bool flow_over(const struct config *config, const struct 
 	return which < TIMEOUT_COUNT && idle > (__s32)config->timeout[which];
 }
 
-/* Returns what the life word was: the swap took place if that is from. */
-static __always_inline __u32 swap_life(struct half *reply, __u32 from, __u32 to)
+static __always_inline struct standing standing_of(const struct half *half)
 {
-	return __sync_val_compare_and_swap((__u32 *)&reply->life, from, to);
+	__u64 word = *(const volatile __u64 *)&half->standing;
+
+	return *(struct standing *)&word;
+}
+
+/* False when the half is not as it was any more: of another life, or of another flow. */
+static __always_inline bool swap_life(struct half *half, struct standing was, enum life life)
+{
+	struct standing is = was;
+	__u64 from = *(__u64 *)&was, to;
+
+	is.life = life;
+	to = *(__u64 *)&is;
+	return __sync_val_compare_and_swap((__u64 *)&half->standing, from, to) == from;
 }

@@ -64,7 +64,7 @@ func (d *datapath) mustHalf(t tuple) bpf.NATHalf {
 func (d *datapath) allFlows() (s string) {
 	d.Helper()
 	for k, v := range elements[bpf.NATTuple, bpf.NATHalf](d, d.Flows) {
-		s += fmt.Sprintf("%s: other %s, id %d, role %d, packets %d\n", goTuple(k), goTuple(v.Other), v.Id, v.Role, v.Packets)
+		s += fmt.Sprintf("%s: other %s, id %d, role %d, packets %d\n", goTuple(k), goTuple(v.Other), v.Standing.Id, v.Role, v.Packets)
 	}
 	return s
 }
@@ -111,8 +111,8 @@ type wantFlow struct {
 func (d *datapath) checkFlow(want wantFlow) {
 	d.Helper()
 	o, r := d.mustHalf(want.original), d.mustHalf(want.reply)
-	if o.Id != r.Id {
-		d.Errorf("ids of the halves differ: %d, %d", o.Id, r.Id)
+	if o.Standing.Id != r.Standing.Id {
+		d.Errorf("ids of the halves differ: %d, %d", o.Standing.Id, r.Standing.Id)
 	}
 	asks, answers := bpf.NATDeviceClassCLASS_BRIDGE, bpf.NATDeviceClassCLASS_UPLINK
 	if want.inbound {
@@ -130,10 +130,10 @@ func (d *datapath) checkFlow(want wantFlow) {
 		Life        bpf.NATLife
 	}
 	see := func(h bpf.NATHalf) facts {
-		return facts{goTuple(h.Other), h.Role, h.Class, h.Ifindex, h.Translation, h.Rule, h.Packets, h.Tcp, h.Life}
+		return facts{goTuple(h.Other), h.Role, h.Class, h.Ifindex, h.Translation, h.Rule, h.Packets, h.Tcp, h.Standing.Life}
 	}
-	wantO := facts{want.reply, bpf.NATRoleROLE_ORIGINAL, asks, want.originalIf, want.translation, want.rule, want.out, want.outTCP, 0}
-	wantR := facts{want.original, bpf.NATRoleROLE_REPLY, answers, want.back, want.translation, want.rule, want.in, want.inTCP, 0}
+	wantO := facts{want.reply, bpf.NATRoleROLE_ORIGINAL, asks, want.originalIf, want.translation, want.rule, want.out, want.outTCP, bpf.NATLifeLIFE_ORIGINAL}
+	wantR := facts{want.original, bpf.NATRoleROLE_REPLY, answers, want.back, want.translation, want.rule, want.in, want.inTCP, bpf.NATLifeLIFE_LIVE}
 	if got := see(o); got != wantO {
 		d.Errorf("original half %s:\n got %+v\nwant %+v", want.original, got, wantO)
 	}

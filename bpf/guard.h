@@ -3,6 +3,7 @@
 #pragma once
 
 #include "packet.h"
+#include "plan.h"
 #include "route.h"
 #include "rule.h"
 
@@ -29,12 +30,12 @@ static __always_inline void note_unmanaged(__u32 ifindex)
 static __always_inline enum verdict guard_local(struct packet *p)
 {
 	const struct tuple *t = &p->h.tuple;
-	struct dnat_match m;
+	struct plan *plan = plan_get();
 
 	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE)
 		return PASS;
-	if ((t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
-	    !dnat_find(t, p->skb->ifindex, &m))
+	if ((t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) || !plan ||
+	    !dnat_find(t, p->skb->ifindex, &plan->published))
 		return PASS;
 	return host_has_socket(p->skb, t, SOCKET_ANY) ? PASS : drop(p, DROP_HAIRPIN);
 }

@@ -20,8 +20,9 @@ import (
 
 // Verdicts of a TC program as prog.Run answers them.
 const (
-	unspec uint32 = 0xffffffff
-	shot   uint32 = 2
+	unspec   uint32 = 0xffffffff
+	shot     uint32 = 2
+	redirect uint32 = 7 // which prog.Run does not carry out
 )
 
 // testChecksumComplete is BPF_F_TEST_SKB_CHECKSUM_COMPLETE: the kernel fails the run with
@@ -35,7 +36,7 @@ type datapath struct {
 	programs map[string]*ebpf.Program
 	complete bool // run with CHECKSUM_COMPLETE
 	rules    ruleSet
-	filled   map[string]bool // rule maps that are not empty
+	filled   map[string]bool // rule maps, and adjacencies, that are not empty
 }
 
 // skb is what a test says of a packet's metadata; the layout is that of struct __sk_buff.
@@ -48,7 +49,9 @@ type skb struct {
 	Ifindex        uint32
 	_              uint32
 	Cb             [5]uint32
-	_              [19]uint32 // hash to data_meta
+	_              [3]uint32 // hash to data
+	DataEnd        uint32    // of the packet's first piece; 0: it is in one
+	_              [15]uint32
 	_              uint64
 	_              uint64 // tstamp
 	_              uint32 // wire_len
@@ -137,6 +140,7 @@ func (d *datapath) reset() {
 	d.configure(nil)
 	d.setRules(ruleSet{})
 	d.forget()
+	d.forgetFast()
 	clearMap[uint32, uint64](d, d.Unmanaged)
 	for i := range uint32(bpf.NATCounterCOUNTER_COUNT) {
 		d.check(d.Counters.Put(i, make([]uint64, ebpf.MustPossibleCPU())))
@@ -161,6 +165,7 @@ func (d *datapath) forget() {
 	d.Helper()
 	clearMap[bpf.NATTuple, bpf.NATHalf](d, d.Flows)
 	clearMap[bpf.NATMappingKey, bpf.NATMapping](d, d.Mappings)
+	d.secondPasses()
 	var e bpf.NATExpiryEntry
 	for d.ExpiryQueue.LookupAndDelete(nil, &e) == nil {
 	}
@@ -178,15 +183,20 @@ func clearMap[K comparable, V any](d *datapath, m *ebpf.Map) {
 
 func elements[K comparable, V any](d *datapath, m *ebpf.Map) map[K]V {
 	d.Helper()
-	all := make(map[K]V)
-	var k K
-	var v V
-	it := m.Iterate()
-	for it.Next(&k, &v) {
-		all[k] = v
+	for {
+		all := make(map[K]V)
+		var k K
+		var v V
+		it := m.Iterate()
+		for it.Next(&k, &v) {
+			all[k] = v
+		}
+		if errors.Is(it.Err(), ebpf.ErrIterationAborted) {
+			continue // the expiry deletes as we read
+		}
+		d.check(it.Err())
+		return all
 	}
-	d.check(it.Err())
-	return all
 }
 
 // configure sets the settings that most tests have, changed by change.
@@ -220,7 +230,15 @@ func (d *datapath) check(err error) {
 // run runs a hook's program once on a frame and answers its verdict and what it made of it.
 func (d *datapath) run(h hook, frame []byte) (uint32, []byte) {
 	d.Helper()
-	opts := &ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+256), Context: h.skb}
+	verdict, out, _ := d.runMeta(h, frame)
+	return verdict, out
+}
+
+// runMeta is run that answers the packet's metadata as well.
+func (d *datapath) runMeta(h hook, frame []byte) (uint32, []byte, skb) {
+	d.Helper()
+	var after skb
+	opts := &ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+256), Context: h.skb, ContextOut: &after}
 	if d.complete {
 		opts.Flags = testChecksumComplete
 	}
@@ -232,7 +250,7 @@ func (d *datapath) run(h hook, frame []byte) (uint32, []byte) {
 	if err != nil {
 		d.Fatalf("%s: %v\n%s", h.program, err, describe(frame))
 	}
-	return verdict, opts.DataOut
+	return verdict, opts.DataOut, after
 }
 
 // passes expects the program to pass the packet on as want.

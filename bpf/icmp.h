@@ -13,14 +13,9 @@
 
 /* The quote's transport checksum, when it is there, is made right; it is never verified (REQ-3:
  * it may be missing, or of a packet that was cut). Everything in the quote is covered by
- * the ICMP checksum, so all changes are added up and applied to it once.
- */
-struct quote {
-	struct headers h;
-	__s64 diff;
-};
-
-/* In all that follows, leaves is the tuple that packets of the error's direction leave with,
+ * the ICMP checksum, so all changes are added up in quote->diff and applied to it once.
+ *
+ * In all that follows, leaves is the tuple that packets of the error's direction leave with,
  * and the quote becomes its inverse.
  */
 static __always_inline long quote_addrs(struct packet *p, struct quote *q,
@@ -112,6 +107,8 @@ static __noinline bool quote_find(struct packet *p, struct quote *q, struct foun
 {
 	struct tuple key;
 
+	/* what an earlier packet has left there says nothing of this one */
+	__builtin_memset(&q->h.tuple, 0, sizeof(q->h.tuple));
 	if (parse_quoted(p, &q->h) != PARSED || q->h.kind != KIND_FLOW)
 		return false;
 	tuple_invert(&key, &q->h.tuple);

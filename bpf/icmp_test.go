@@ -282,3 +282,20 @@ func TestICMPErrorsUnrelated(t *testing.T) {
 		})
 	}
 }
+
+// What an earlier error quoted is not taken for the quote of one that is cut short.
+func TestErrorCut(t *testing.T) {
+	d := load(t, 64)
+	for _, f := range families {
+		d.each(f.name, func(d *datapath) {
+			c := translated[0].open(d, f, tcp)
+			_, seen := c.in("A", "")
+			m := icmpErrors[f.name][0]
+			cut := c.error(m, c.uplink, c.router, seen, 12).between(uplinkMAC, gatewayMAC)
+			d.onOneCPU(func() {
+				c.errorOut(m, 0)
+				d.untouched(toUplink().by(0), cut)
+			})
+		})
+	}
+}

@@ -68,10 +68,30 @@ struct {
 /* The devices that have programs; an entry is written after its programs are attached. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 256);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
 	__type(key, __u32);
 	__type(value, struct device);
 } devices SEC(".maps");
+
+/* (bridge, Ethernet address) -> ifindex of the port that owns it. Written by Go from the
+ * containers' own devices, not learned: a frame's source address is what its sender claims.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, struct port_key);
+	__type(value, __u32);
+} ports SEC(".maps");
+
+/* What leases speak of. Written by the programs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, ADJACENCIES);
+	__type(key, __u32);
+	__type(value, struct adjacency);
+} adjacencies SEC(".maps");
 
 /* Devices without programs that container traffic would have left by: packets dropped. */
 struct {

@@ -122,7 +122,7 @@ func (p *player) endOne() string {
 		return "nothing to end"
 	}
 	f := pick(p.Rand, living)
-	if !p.endFlow(f.reply, p.mustHalf(f.reply).Id) {
+	if !p.endFlow(f.reply, p.mustHalf(f.reply).Standing.Id) {
 		p.Errorf("end_flow did not find %s", f.reply)
 	}
 	f.ended = true
@@ -250,7 +250,7 @@ func (p *player) opened(what string, c choice, old *modelFlow, in packet, verdic
 	if old != nil {
 		old.ended = true
 		if verdict == shot { // it is half-ended: no reason to guess how its packets fare
-			p.endFlow(old.reply, p.mustHalf(old.reply).Id)
+			p.endFlow(old.reply, p.mustHalf(old.reply).Standing.Id)
 		}
 	}
 	if verdict == shot {

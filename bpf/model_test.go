@@ -340,7 +340,7 @@ func (m *model) compare(d *datapath) {
 		}
 	}
 	maps.DeleteFunc(halves, func(_ bpf.NATTuple, h bpf.NATHalf) bool {
-		return h.Generation != generations[h.Rule] || h.Life > bpf.NATLifeLIFE_ENDING
+		return h.Generation != generations[h.Rule] || h.Standing.Life == bpf.NATLifeLIFE_DEAD || h.Standing.Life == bpf.NATLifeLIFE_BURIED
 	})
 	for _, f := range m.flows {
 		if f.ended {

@@ -12,8 +12,14 @@
 #include "expiry.h"
 #include "uplink.h"
 
-#define ETHERNET       14
-#define NO_LINK_HEADER 0
+SEC("tc") int from_port(struct __sk_buff *skb)
+{
+	struct packet p = {};
+
+	if (!packet_begin(&p, skb))
+		return TC_ACT_UNSPEC;
+	return finish(&p, port_ingress(&p, ETHERNET, false));
+}
 
 SEC("tc") int from_bridge(struct __sk_buff *skb)
 {
@@ -21,7 +27,26 @@ SEC("tc") int from_bridge(struct __sk_buff *skb)
 
 	if (!packet_begin(&p, skb))
 		return TC_ACT_UNSPEC;
-	return finish(&p, bridge_ingress(&p, ETHERNET));
+	return finish(&p, bridge_ingress(&p, ETHERNET, false));
+}
+
+/* The same two for --fast-path always. */
+SEC("tc") int from_port_first(struct __sk_buff *skb)
+{
+	struct packet p = {};
+
+	if (!packet_begin(&p, skb))
+		return TC_ACT_UNSPEC;
+	return finish(&p, port_ingress(&p, ETHERNET, true));
+}
+
+SEC("tc") int from_bridge_first(struct __sk_buff *skb)
+{
+	struct packet p = {};
+
+	if (!packet_begin(&p, skb))
+		return TC_ACT_UNSPEC;
+	return finish(&p, bridge_ingress(&p, ETHERNET, true));
 }
 
 SEC("tc") int to_bridge(struct __sk_buff *skb)
@@ -82,7 +107,7 @@ static __always_inline bool end_half(struct half *half, __u32 id)
 {
 	__u32 generation = *(volatile __u32 *)&half->generation;
 
-	if (*(volatile __u32 *)&half->id != id)
+	if (*(volatile __u32 *)&half->standing.id != id)
 		return false;
 	return __sync_val_compare_and_swap(&half->generation, generation, GENERATION_ENDED) ==
 	       generation;
@@ -105,7 +130,7 @@ SEC("syscall") int end_flow(struct expiry_entry *which)
 	return 0;
 }
 
-/* bpf2go makes Go constants of the enums that BTF has: these two are no field's type. */
+/* bpf2go makes Go constants of the enums that BTF has: these are no field's type. */
 #define EMIT(type) asm volatile("" ::"r"(__builtin_btf_type_id(*(type *)0, 0)))
 
 SEC("syscall") int abi(void *context)
@@ -113,6 +138,9 @@ SEC("syscall") int abi(void *context)
 	(void)context;
 	EMIT(enum counter);
 	EMIT(enum timeout);
+	EMIT(enum unleased);
+	EMIT(enum rules_word);
+	EMIT(enum dnat_kind);
 	return ABI_VERSION;
 }
 

@@ -25,6 +25,36 @@ type NATAddressKey struct {
 	Dst       NATAddr
 }
 
+type NATAdjacency struct {
+	_        structs.HostLayout
+	Used     uint32
+	State    NATAdjacencyState
+	Ifindex  uint32
+	Mtu      uint32
+	Remote   [6]uint8
+	Local    [6]uint8
+	Protocol uint16
+	Pad      uint16
+	Flags    NATAdjacencyFlag
+	Pad2     uint32
+}
+
+type NATAdjacencyFlag uint32
+
+const (
+	NATAdjacencyFlagADJACENCY_L3   NATAdjacencyFlag = 1
+	NATAdjacencyFlagADJACENCY_PEER NATAdjacencyFlag = 2
+	NATAdjacencyFlagADJACENCY_MARK NATAdjacencyFlag = 4
+)
+
+type NATAdjacencyState uint32
+
+const (
+	NATAdjacencyStateADJACENCY_FREE  NATAdjacencyState = 0
+	NATAdjacencyStateADJACENCY_BUSY  NATAdjacencyState = 1
+	NATAdjacencyStateADJACENCY_READY NATAdjacencyState = 2
+)
+
 type NATAttachKind uint32
 
 const (
@@ -42,6 +72,9 @@ type NATConfig struct {
 	Flags       NATConfigFlag
 	MaxFlows    uint32
 	Timeout     [8]uint32
+	Mark        uint32
+	FastPath    NATFastPath
+	Pad         [3]uint8
 }
 
 type NATConfigFlag uint32
@@ -87,9 +120,11 @@ const (
 	NATCounterMAPPINGS_CREATED     NATCounter = 28
 	NATCounterMAPPINGS_ENDED       NATCounter = 29
 	NATCounterPORTS_SHARED         NATCounter = 30
-	NATCounterTIMER_RESTARTED      NATCounter = 31
-	NATCounterTIMER_FAILED         NATCounter = 32
-	NATCounterCOUNTER_COUNT        NATCounter = 33
+	NATCounterLEASES_GRANTED       NATCounter = 31
+	NATCounterPACKETS_REDIRECTED   NATCounter = 32
+	NATCounterTIMER_RESTARTED      NATCounter = 33
+	NATCounterTIMER_FAILED         NATCounter = 34
+	NATCounterCOUNTER_COUNT        NATCounter = 35
 )
 
 type NATDevice struct {
@@ -98,6 +133,9 @@ type NATDevice struct {
 	Pad    [3]uint8
 	Attach NATAttachKind
 	Flags  NATDeviceFlag
+	Bridge uint32
+	Mac    [6]uint8
+	Pad2   uint16
 }
 
 type NATDeviceClass uint8
@@ -105,6 +143,7 @@ type NATDeviceClass uint8
 const (
 	NATDeviceClassCLASS_BRIDGE NATDeviceClass = 1
 	NATDeviceClassCLASS_UPLINK NATDeviceClass = 2
+	NATDeviceClassCLASS_PORT   NATDeviceClass = 3
 )
 
 type NATDeviceFlag uint32
@@ -112,6 +151,8 @@ type NATDeviceFlag uint32
 const (
 	NATDeviceFlagDEVICE_OWN_QDISC NATDeviceFlag = 1
 	NATDeviceFlagDEVICE_L3        NATDeviceFlag = 2
+	NATDeviceFlagDEVICE_SLOW      NATDeviceFlag = 4
+	NATDeviceFlagDEVICE_PEER      NATDeviceFlag = 8
 )
 
 type NATDnatFlag uint32
@@ -129,6 +170,16 @@ type NATDnatKey struct {
 	Proto   uint8
 	Pad     uint8
 }
+
+type NATDnatKind uint32
+
+const (
+	NATDnatKindDNAT_ADDRESS_DEVICE NATDnatKind = 0
+	NATDnatKindDNAT_ADDRESS        NATDnatKind = 1
+	NATDnatKindDNAT_ANY_DEVICE     NATDnatKind = 2
+	NATDnatKindDNAT_ANY            NATDnatKind = 3
+	NATDnatKindDNAT_KINDS          NATDnatKind = 4
+)
 
 type NATDnatRangeKey struct {
 	_         structs.HostLayout
@@ -163,6 +214,10 @@ type NATExpiry struct {
 	Longest  uint64
 	Slow     uint64
 	Checked  uint64
+	Period   uint32
+	Looks    uint32
+	Over     uint32
+	Pad      uint32
 }
 
 type NATExpiryEntry struct {
@@ -179,36 +234,52 @@ const (
 	NATFamilyFAMILY_IPV6 NATFamily = 6
 )
 
+type NATFastPath uint8
+
+const (
+	NATFastPathFAST_PATH_OFF         NATFastPath = 0
+	NATFastPathFAST_PATH_ESTABLISHED NATFastPath = 1
+	NATFastPathFAST_PATH_ALWAYS      NATFastPath = 2
+)
+
 type NATHalf struct {
-	_           structs.HostLayout
-	Other       NATTuple
-	Packets     uint64
-	Bytes       uint64
-	Id          uint32
+	_        structs.HostLayout
+	Other    NATTuple
+	Packets  uint64
+	Bytes    uint64
+	Standing struct {
+		_      structs.HostLayout
+		Id     uint32
+		Life   NATLife
+		Mapped uint8
+		Pad    uint16
+	}
+	Lease struct {
+		_     structs.HostLayout
+		Out   uint16
+		In    uint16
+		Stamp uint32
+	}
 	Guard       uint32
 	Ifindex     uint32
 	Rule        uint32
 	Generation  uint32
 	Seen        uint32
-	Life        NATLife
 	Role        NATRole
 	Class       NATDeviceClass
 	Translation NATTranslation
 	Tcp         NATTcpSeen
-	Routed      uint32
-	Ending      uint8
-	Mapped      uint8
-	Pad         uint16
-	Lease       [8]uint8
 }
 
-type NATLife uint32
+type NATLife uint8
 
 const (
-	NATLifeLIFE_LIVE   NATLife = 0
-	NATLifeLIFE_ENDING NATLife = 1
-	NATLifeLIFE_DEAD   NATLife = 2
-	NATLifeLIFE_BURIED NATLife = 3
+	NATLifeLIFE_LIVE            NATLife = 0
+	NATLifeLIFE_ENDING          NATLife = 1
+	NATLifeLIFE_DEAD            NATLife = 2
+	NATLifeLIFE_BURIED          NATLife = 3
+	NATLifeLIFE_ORIGINAL        NATLife = 4
+	NATLifeLIFE_ORIGINAL_ENDING NATLife = 5
 )
 
 type NATMapping struct {
@@ -236,13 +307,54 @@ const (
 	NATMappingSideMAPPING_OUTSIDE NATMappingSide = 2
 )
 
+type NATOutput struct {
+	_         structs.HostLayout
+	Dst       NATAddr
+	Uplink    uint32
+	Adjacency uint32
+	Stamp     uint32
+	Pad       uint32
+}
+
+type NATOwn struct {
+	_     structs.HostLayout
+	Addr  NATAddr
+	Stamp uint32
+}
+
 type NATPlan struct {
 	_         structs.HostLayout
 	Published struct {
 		_    structs.HostLayout
 		Rule NATDnatRule
 		Any  uint32
+		Key  struct {
+			_    structs.HostLayout
+			Port NATDnatKey
+			_    [4]byte
+		}
 	}
+	_     [4]byte
+	Quote struct {
+		_ structs.HostLayout
+		H struct {
+			_        structs.HostLayout
+			Tuple    NATTuple
+			L3       uint32
+			L4       uint32
+			End      uint32
+			Kind     uint8
+			Fragment uint8
+			Tcp      uint8
+			Icmp     uint8
+			Tos      uint8
+			Pad      [3]uint8
+			Flow     uint32
+		}
+		Diff int64
+	}
+	Redirected      uint32
+	Length          uint32
 	Original        NATTuple
 	Entry           NATExpiryEntry
 	Half            NATHalf
@@ -254,16 +366,29 @@ type NATPlan struct {
 	Map             uint8
 	OriginalIfindex uint32
 	ReplyIfindex    uint32
+	Uplink          uint32
 	First           uint16
 	Last            uint16
 	Outside         uint8
 	Takeover        uint8
 	OldMapped       uint8
 	Queued          uint8
+	Absent          uint8
+	Tcp             uint8
+	Pad             [2]uint8
+	Packets         uint32
+	Bytes           uint32
 	OldClaim        NATTuple
 	OldId           uint32
 	Reason          NATCounter
 	Now             uint32
+}
+
+type NATPortKey struct {
+	_      structs.HostLayout
+	Bridge uint32
+	Mac    [6]uint8
+	Pad    uint16
 }
 
 type NATRole uint8
@@ -278,6 +403,24 @@ type NATRulePrefixKey struct {
 	Prefixlen uint32
 	Rule      uint32
 	Addr      NATAddr
+}
+
+type NATRulesWord uint32
+
+const (
+	NATRulesWordRULES_SET         NATRulesWord = 1
+	NATRulesWordRULES_DNAT_PORTS  NATRulesWord = 256
+	NATRulesWordRULES_DNAT_RANGES NATRulesWord = 4096
+	NATRulesWordRULES_SNAT_DEVICE NATRulesWord = 65536
+)
+
+type NATSender struct {
+	_      structs.HostLayout
+	Addr   NATAddr
+	Mac    [6]uint8
+	In     uint16
+	Bridge uint32
+	Stamp  uint32
 }
 
 type NATSnatFlag uint32
@@ -304,6 +447,15 @@ type NATSnatRule struct {
 	Id         uint32
 	Generation uint32
 	Flags      NATSnatFlag
+}
+
+type NATSource struct {
+	_      structs.HostLayout
+	Src    NATAddr
+	Dst    NATAddr
+	To     NATAddr
+	Uplink uint32
+	Stamp  uint32
 }
 
 type NATSubnetKey struct {
@@ -353,40 +505,58 @@ type NATTuple struct {
 	Pad    uint16
 }
 
+type NATUnleased uint8
+
+const (
+	NATUnleasedUNLEASED         NATUnleased = 0
+	NATUnleasedUNLEASED_DEVICE  NATUnleased = 1
+	NATUnleasedUNLEASED_NO_ROOM NATUnleased = 2
+	NATUnleasedADJACENCY_FIRST  NATUnleased = 16
+)
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	NATMapAddresses      = "addresses"
-	NATMapConfig         = "config"
-	NATMapCounters       = "counters"
-	NATMapDevices        = "devices"
-	NATMapDnatPorts      = "dnat_ports"
-	NATMapDnatRanges     = "dnat_ranges"
-	NATMapExpiry         = "expiry"
-	NATMapExpiryQueue    = "expiry_queue"
-	NATMapFlows          = "flows"
-	NATMapGenerations    = "generations"
-	NATMapMappings       = "mappings"
-	NATMapNoDnatPorts    = "no_dnat_ports"
-	NATMapNoDnatRanges   = "no_dnat_ranges"
-	NATMapNoRulePrefixes = "no_rule_prefixes"
-	NATMapNoSnatSources  = "no_snat_sources"
-	NATMapPlans          = "plans"
-	NATMapPortTries      = "port_tries"
-	NATMapRulePrefixes   = "rule_prefixes"
-	NATMapSnatSources    = "snat_sources"
-	NATMapSubnets        = "subnets"
-	NATMapUnmanaged      = "unmanaged"
-	NATProgAbi           = "abi"
-	NATProgEndFlow       = "end_flow"
-	NATProgFromBridge    = "from_bridge"
-	NATProgFromUplink    = "from_uplink"
-	NATProgFromUplinkL3  = "from_uplink_l3"
-	NATProgStartExpiry   = "start_expiry"
-	NATProgToBridge      = "to_bridge"
-	NATProgToUplink      = "to_uplink"
-	NATProgToUplinkL3    = "to_uplink_l3"
+	NATMapAddresses        = "addresses"
+	NATMapAdjacencies      = "adjacencies"
+	NATMapConfig           = "config"
+	NATMapCounters         = "counters"
+	NATMapDevices          = "devices"
+	NATMapDnatPorts        = "dnat_ports"
+	NATMapDnatRanges       = "dnat_ranges"
+	NATMapExpiry           = "expiry"
+	NATMapExpiryQueue      = "expiry_queue"
+	NATMapFlows            = "flows"
+	NATMapGenerations      = "generations"
+	NATMapMappings         = "mappings"
+	NATMapNoDnatPorts      = "no_dnat_ports"
+	NATMapNoDnatRanges     = "no_dnat_ranges"
+	NATMapNoRulePrefixes   = "no_rule_prefixes"
+	NATMapNoSnatSources    = "no_snat_sources"
+	NATMapOutputs          = "outputs"
+	NATMapOwns             = "owns"
+	NATMapPlans            = "plans"
+	NATMapPortTries        = "port_tries"
+	NATMapPorts            = "ports"
+	NATMapRulePrefixes     = "rule_prefixes"
+	NATMapSenders          = "senders"
+	NATMapSnatSources      = "snat_sources"
+	NATMapSources          = "sources"
+	NATMapSubnets          = "subnets"
+	NATMapUnmanaged        = "unmanaged"
+	NATProgAbi             = "abi"
+	NATProgEndFlow         = "end_flow"
+	NATProgFromBridge      = "from_bridge"
+	NATProgFromBridgeFirst = "from_bridge_first"
+	NATProgFromPort        = "from_port"
+	NATProgFromPortFirst   = "from_port_first"
+	NATProgFromUplink      = "from_uplink"
+	NATProgFromUplinkL3    = "from_uplink_l3"
+	NATProgStartExpiry     = "start_expiry"
+	NATProgToBridge        = "to_bridge"
+	NATProgToUplink        = "to_uplink"
+	NATProgToUplinkL3      = "to_uplink_l3"
 )
 
 // LoadNAT returns the embedded CollectionSpec for NAT.
@@ -431,15 +601,18 @@ type NATSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type NATProgramSpecs struct {
-	Abi          *ebpf.ProgramSpec `ebpf:"abi"`
-	EndFlow      *ebpf.ProgramSpec `ebpf:"end_flow"`
-	FromBridge   *ebpf.ProgramSpec `ebpf:"from_bridge"`
-	FromUplink   *ebpf.ProgramSpec `ebpf:"from_uplink"`
-	FromUplinkL3 *ebpf.ProgramSpec `ebpf:"from_uplink_l3"`
-	StartExpiry  *ebpf.ProgramSpec `ebpf:"start_expiry"`
-	ToBridge     *ebpf.ProgramSpec `ebpf:"to_bridge"`
-	ToUplink     *ebpf.ProgramSpec `ebpf:"to_uplink"`
-	ToUplinkL3   *ebpf.ProgramSpec `ebpf:"to_uplink_l3"`
+	Abi             *ebpf.ProgramSpec `ebpf:"abi"`
+	EndFlow         *ebpf.ProgramSpec `ebpf:"end_flow"`
+	FromBridge      *ebpf.ProgramSpec `ebpf:"from_bridge"`
+	FromBridgeFirst *ebpf.ProgramSpec `ebpf:"from_bridge_first"`
+	FromPort        *ebpf.ProgramSpec `ebpf:"from_port"`
+	FromPortFirst   *ebpf.ProgramSpec `ebpf:"from_port_first"`
+	FromUplink      *ebpf.ProgramSpec `ebpf:"from_uplink"`
+	FromUplinkL3    *ebpf.ProgramSpec `ebpf:"from_uplink_l3"`
+	StartExpiry     *ebpf.ProgramSpec `ebpf:"start_expiry"`
+	ToBridge        *ebpf.ProgramSpec `ebpf:"to_bridge"`
+	ToUplink        *ebpf.ProgramSpec `ebpf:"to_uplink"`
+	ToUplinkL3      *ebpf.ProgramSpec `ebpf:"to_uplink_l3"`
 }
 
 // NATMapSpecs contains maps before they are loaded into the kernel.
@@ -447,6 +620,7 @@ type NATProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type NATMapSpecs struct {
 	Addresses      *ebpf.MapSpec `ebpf:"addresses"`
+	Adjacencies    *ebpf.MapSpec `ebpf:"adjacencies"`
 	Config         *ebpf.MapSpec `ebpf:"config"`
 	Counters       *ebpf.MapSpec `ebpf:"counters"`
 	Devices        *ebpf.MapSpec `ebpf:"devices"`
@@ -461,10 +635,15 @@ type NATMapSpecs struct {
 	NoDnatRanges   *ebpf.MapSpec `ebpf:"no_dnat_ranges"`
 	NoRulePrefixes *ebpf.MapSpec `ebpf:"no_rule_prefixes"`
 	NoSnatSources  *ebpf.MapSpec `ebpf:"no_snat_sources"`
+	Outputs        *ebpf.MapSpec `ebpf:"outputs"`
+	Owns           *ebpf.MapSpec `ebpf:"owns"`
 	Plans          *ebpf.MapSpec `ebpf:"plans"`
 	PortTries      *ebpf.MapSpec `ebpf:"port_tries"`
+	Ports          *ebpf.MapSpec `ebpf:"ports"`
 	RulePrefixes   *ebpf.MapSpec `ebpf:"rule_prefixes"`
+	Senders        *ebpf.MapSpec `ebpf:"senders"`
 	SnatSources    *ebpf.MapSpec `ebpf:"snat_sources"`
+	Sources        *ebpf.MapSpec `ebpf:"sources"`
 	Subnets        *ebpf.MapSpec `ebpf:"subnets"`
 	Unmanaged      *ebpf.MapSpec `ebpf:"unmanaged"`
 }
@@ -496,6 +675,7 @@ func (o *NATObjects) Close() error {
 // It can be passed to LoadNATObjects or ebpf.CollectionSpec.LoadAndAssign.
 type NATMaps struct {
 	Addresses      *ebpf.Map `ebpf:"addresses"`
+	Adjacencies    *ebpf.Map `ebpf:"adjacencies"`
 	Config         *ebpf.Map `ebpf:"config"`
 	Counters       *ebpf.Map `ebpf:"counters"`
 	Devices        *ebpf.Map `ebpf:"devices"`
@@ -510,10 +690,15 @@ type NATMaps struct {
 	NoDnatRanges   *ebpf.Map `ebpf:"no_dnat_ranges"`
 	NoRulePrefixes *ebpf.Map `ebpf:"no_rule_prefixes"`
 	NoSnatSources  *ebpf.Map `ebpf:"no_snat_sources"`
+	Outputs        *ebpf.Map `ebpf:"outputs"`
+	Owns           *ebpf.Map `ebpf:"owns"`
 	Plans          *ebpf.Map `ebpf:"plans"`
 	PortTries      *ebpf.Map `ebpf:"port_tries"`
+	Ports          *ebpf.Map `ebpf:"ports"`
 	RulePrefixes   *ebpf.Map `ebpf:"rule_prefixes"`
+	Senders        *ebpf.Map `ebpf:"senders"`
 	SnatSources    *ebpf.Map `ebpf:"snat_sources"`
+	Sources        *ebpf.Map `ebpf:"sources"`
 	Subnets        *ebpf.Map `ebpf:"subnets"`
 	Unmanaged      *ebpf.Map `ebpf:"unmanaged"`
 }
@@ -521,6 +706,7 @@ type NATMaps struct {
 func (m *NATMaps) Close() error {
 	return _NATClose(
 		m.Addresses,
+		m.Adjacencies,
 		m.Config,
 		m.Counters,
 		m.Devices,
@@ -535,10 +721,15 @@ func (m *NATMaps) Close() error {
 		m.NoDnatRanges,
 		m.NoRulePrefixes,
 		m.NoSnatSources,
+		m.Outputs,
+		m.Owns,
 		m.Plans,
 		m.PortTries,
+		m.Ports,
 		m.RulePrefixes,
+		m.Senders,
 		m.SnatSources,
+		m.Sources,
 		m.Subnets,
 		m.Unmanaged,
 	)
@@ -554,15 +745,18 @@ type NATVariables struct {
 //
 // It can be passed to LoadNATObjects or ebpf.CollectionSpec.LoadAndAssign.
 type NATPrograms struct {
-	Abi          *ebpf.Program `ebpf:"abi"`
-	EndFlow      *ebpf.Program `ebpf:"end_flow"`
-	FromBridge   *ebpf.Program `ebpf:"from_bridge"`
-	FromUplink   *ebpf.Program `ebpf:"from_uplink"`
-	FromUplinkL3 *ebpf.Program `ebpf:"from_uplink_l3"`
-	StartExpiry  *ebpf.Program `ebpf:"start_expiry"`
-	ToBridge     *ebpf.Program `ebpf:"to_bridge"`
-	ToUplink     *ebpf.Program `ebpf:"to_uplink"`
-	ToUplinkL3   *ebpf.Program `ebpf:"to_uplink_l3"`
+	Abi             *ebpf.Program `ebpf:"abi"`
+	EndFlow         *ebpf.Program `ebpf:"end_flow"`
+	FromBridge      *ebpf.Program `ebpf:"from_bridge"`
+	FromBridgeFirst *ebpf.Program `ebpf:"from_bridge_first"`
+	FromPort        *ebpf.Program `ebpf:"from_port"`
+	FromPortFirst   *ebpf.Program `ebpf:"from_port_first"`
+	FromUplink      *ebpf.Program `ebpf:"from_uplink"`
+	FromUplinkL3    *ebpf.Program `ebpf:"from_uplink_l3"`
+	StartExpiry     *ebpf.Program `ebpf:"start_expiry"`
+	ToBridge        *ebpf.Program `ebpf:"to_bridge"`
+	ToUplink        *ebpf.Program `ebpf:"to_uplink"`
+	ToUplinkL3      *ebpf.Program `ebpf:"to_uplink_l3"`
 }
 
 func (p *NATPrograms) Close() error {
@@ -570,6 +764,9 @@ func (p *NATPrograms) Close() error {
 		p.Abi,
 		p.EndFlow,
 		p.FromBridge,
+		p.FromBridgeFirst,
+		p.FromPort,
+		p.FromPortFirst,
 		p.FromUplink,
 		p.FromUplinkL3,
 		p.StartExpiry,

@@ -15,9 +15,10 @@
 
 /* What a stage says of a packet. Only finish() knows TC's numbers. */
 enum verdict {
-	GO_ON, /* the next stage decides */
-	PASS,  /* hand it on, translated or not */
-	DROP,  /* packet->reason says why */
+	GO_ON,	  /* the next stage decides */
+	PASS,	  /* hand it on, translated or not */
+	DROP,	  /* packet->reason says why */
+	REDIRECT, /* to packet->output */
 };
 
 enum packet_kind {
@@ -47,11 +48,24 @@ struct headers {
 	__be32 flow; /* class and label of IPv6 */
 };
 
+/* The packet that an ICMP error quotes. */
+struct quote {
+	struct headers h;
+	__s64 diff; /* what its checksum changes by, as it is rewritten */
+};
+
 struct packet {
 	struct __sk_buff *skb;
 	const struct config *config;
 	__u32 now; /* stamp */
 	enum counter reason;
+	__u32 bridge;	   /* that the container is on; 0: the packet is none of a container's */
+	__u32 uplink;	   /* that it leaves by, or came in by */
+	struct half *half; /* of its direction, where it has one */
+	__u32 id;	   /* of the flow */
+	__u16 in;    /* the adjacency that a container's packet comes from, or enum unleased */
+	bool absent; /* flows has nothing under its tuple */
+	const struct adjacency *output;
 	struct headers h;
 };
 
@@ -80,15 +94,38 @@ static __always_inline enum verdict drop(struct packet *p, enum counter reason)
  */
 static __always_inline int finish(struct packet *p, enum verdict v)
 {
-	if (v != DROP)
+	switch (v) {
+	case DROP:
+		count(p->reason);
+		return TC_ACT_SHOT;
+	case REDIRECT:
+		count(PACKETS_REDIRECTED);
+		if (p->output->flags & ADJACENCY_PEER)
+			return bpf_redirect_peer(p->output->ifindex, 0);
+		return bpf_redirect(p->output->ifindex, 0);
+	default:
 		return TC_ACT_UNSPEC;
-	count(p->reason);
-	return TC_ACT_SHOT;
+	}
 }
 
 static __always_inline __u32 stamp_now(void)
 {
 	return bpf_ktime_get_coarse_ns() >> STAMP_SHIFT;
+}
+
+static __always_inline bool mac_equal(const __u8 *a, const __u8 *b)
+{
+	const __u16 *x = (const void *)a, *y = (const void *)b;
+
+	return x[0] == y[0] && x[1] == y[1] && x[2] == y[2];
+}
+
+/* Whether then is less than so many stamps ago. Another CPU's now may be a little later. */
+static __always_inline bool is_within(__u32 now, __u32 then, __u32 stamps)
+{
+	const __u32 ahead = 64;
+
+	return now - then + ahead < stamps + ahead;
 }
 
 /* False while the instance is not live: then the programs do nothing at all. */

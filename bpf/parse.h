@@ -245,27 +245,42 @@ static __always_inline enum parsed parse_ipv6(struct __sk_buff *skb, struct head
 	return parse_transport(skb, h, quoted);
 }
 
-/* l3 is the length of the link header: 14, or 0 on devices without one. */
-static __always_inline enum parsed parse(struct packet *p, __u32 l3)
-{
-	struct __sk_buff *skb = p->skb;
+#define ETHERNET       14
+#define NO_LINK_HEADER 0
 
-	p->h.l3 = l3;
+/* l3 is the length of the link header. */
+__noinline enum parsed parse_headers(struct __sk_buff *skb, struct headers *h, __u32 l3)
+{
+	if (!h)
+		return PARSED_MALFORMED;
+	h->l3 = l3;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
-		return parse_ipv4(skb, &p->h, false);
+		return parse_ipv4(skb, h, false);
 	if (skb->protocol == bpf_htons(ETH_P_IPV6))
-		return parse_ipv6(skb, &p->h, false);
+		return parse_ipv6(skb, h, false);
 	return PARSED_NOT_IP;
 }
 
+static __always_inline enum parsed parse(struct packet *p, __u32 l3)
+{
+	return parse_headers(p->skb, &p->h, l3);
+}
+
 /* The packet that an ICMP error quotes. Behind its 8 bytes both families have it alike. */
+__noinline enum parsed parse_quoted_headers(struct __sk_buff *skb, struct headers *quoted, bool v4)
+{
+	if (!quoted)
+		return PARSED_MALFORMED;
+	if (v4)
+		return parse_ipv4(skb, quoted, true);
+	return parse_ipv6(skb, quoted, true);
+}
+
 static __always_inline enum parsed parse_quoted(const struct packet *p, struct headers *quoted)
 {
 	quoted->l3 = p->h.l4 + 8;
 	quoted->end = p->h.end;
-	if (p->h.tuple.family == FAMILY_IPV4)
-		return parse_ipv4(p->skb, quoted, true);
-	return parse_ipv6(p->skb, quoted, true);
+	return parse_quoted_headers(p->skb, quoted, p->h.tuple.family == FAMILY_IPV4);
 }
 
 /* Neighbour discovery and multicast listener messages live on the link. */

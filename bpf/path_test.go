@@ -44,10 +44,18 @@ func (c path) packet(src, dst netip.AddrPort, request bool, flags, payload strin
 	return p
 }
 
+// mac is the container's.
+func (c path) mac() macs {
+	if c.inside.Addr() == c.other {
+		return otherMAC
+	}
+	return containerMAC
+}
+
 // out answers a packet as the container sends it and as the wire must carry it, out of
 // docker0 and eth0.
 func (c path) out(flags, payload string) (sent, wire packet) {
-	sent = c.packet(c.inside, c.peer, true, flags, payload).between(containerMAC, bridgeMAC)
+	sent = c.packet(c.inside, c.peer, true, flags, payload).between(c.mac(), bridgeMAC)
 	wire = sent.addrs(c.outside, c.world)
 	return sent, wire
 }
@@ -84,7 +92,7 @@ func (c path) receives(flags, payload string) {
 func (c path) carryIn(wire, seen packet) {
 	c.Helper()
 	c.passes(fromUplink(), wire, seen)
-	c.untouched(toBridge(), seen.forwarded().between(bridgeMAC, containerMAC))
+	c.untouched(toBridge(), seen.forwarded().between(bridgeMAC, c.mac()))
 }
 
 // tuples answers the keys that the flow must have, the original one first.

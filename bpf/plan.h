@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* plan.h - a flow about to be made: what the rules chose, and what will be inserted.
+/* plan.h - a flow about to be made: what the rules chose, and what will be inserted. And what else
+ * of a packet is too large for the stack.
  *
  * SNAT, DNAT and untranslated flows differ in what rules fill in here, not in how they are
  * made: the port that can be chosen is always the destination port of the reply tuple
@@ -18,6 +19,9 @@
 
 struct plan {
 	struct dnat_match published; /* what rule.h found last */
+	struct quote quote;
+	__u32 redirected; /* ifindex of the device that a packet was just sent to */
+	__u32 length;	  /* of that packet */
 	struct tuple original;
 	struct expiry_entry entry; /* entry.claim: the reply tuple */
 	struct half half;
@@ -29,12 +33,18 @@ struct plan {
 	__u8 map; /* one outside port per inside endpoint */
 	__u32 original_ifindex;
 	__u32 reply_ifindex;
+	__u32 uplink;
 	__u16 first; /* ports that may be chosen, host order */
 	__u16 last;
 	__u8 outside;  /* the claim's destination is an address of the host */
 	__u8 takeover; /* an ended flow with the same original tuple is replaced */
 	__u8 old_mapped;
-	__u8 queued;		/* the expiry queue has the flow's entry already */
+	__u8 queued; /* the expiry queue has the flow's entry already */
+	__u8 absent; /* nothing was found under the original tuple just now */
+	__u8 tcp;    /* what the first packet shows */
+	__u8 pad[2];
+	__u32 packets; /* it is, and how long; 0: it is counted later */
+	__u32 bytes;
 	struct tuple old_claim; /* of that flow */
 	__u32 old_id;
 	enum counter reason; /* why no flow was made */
@@ -59,6 +69,7 @@ static __always_inline void plan_begin(const struct packet *p, struct plan *plan
 {
 	plan->original = p->h.tuple;
 	tuple_invert(&plan->entry.claim, &p->h.tuple);
+	plan->uplink = p->uplink;
 	plan->rule = 0;
 	plan->generation = 0;
 	plan->translation = TRANSLATION_IDENTITY;
@@ -66,6 +77,10 @@ static __always_inline void plan_begin(const struct packet *p, struct plan *plan
 	plan->outside = false;
 	plan->takeover = false;
 	plan->queued = false;
+	plan->absent = p->absent;
+	plan->packets = 0;
+	plan->bytes = 0;
+	plan->tcp = 0;
 	plan->reason = DROP_ENDING;
 	plan->now = p->now;
 	plan->first = plan->last = bpf_ntohs(p->h.tuple.sport);

@@ -52,11 +52,11 @@ static __always_inline bool claimed_for_us(struct plan *plan)
 {
 	struct half *reply = bpf_map_lookup_elem(&flows, &plan->entry.claim);
 
-	if (!reply || reply->role != ROLE_REPLY || reply->life != LIFE_LIVE ||
+	if (!reply || reply->standing.life != LIFE_LIVE ||
 	    !tuple_equal(&reply->other, &plan->original) ||
 	    !rule_current(reply->rule, reply->generation))
 		return false;
-	plan->entry.id = reply->id;
+	plan->entry.id = reply->standing.id;
 	return true;
 }
 
@@ -73,7 +73,7 @@ __noinline enum claimed claim_insert(void)
 		return CLAIM_NO_MEMORY;
 	claim = &plan->entry.claim;
 	if (plan->takeover && tuple_equal(claim, &plan->old_claim)) {
-		plan->half.id = plan->old_id;
+		plan->half.standing.id = plan->old_id;
 		plan->half.guard = new_guard(claim, &plan->original, plan->old_id);
 		err = bpf_map_update_elem(&flows, claim, &plan->half, BPF_EXIST);
 		if (err)
@@ -84,7 +84,7 @@ __noinline enum claimed claim_insert(void)
 			mapping_drop(&plan->original, claim);
 		return CLAIM_DONE;
 	}
-	plan->half.id = plan->entry.id;
+	plan->half.standing.id = plan->entry.id;
 	plan->half.guard = new_guard(claim, &plan->original, plan->entry.id);
 	err = bpf_map_update_elem(&flows, claim, &plan->half, BPF_NOEXIST);
 	if (!err)
@@ -109,7 +109,7 @@ __noinline bool port_is_used(struct __sk_buff *skb)
 	m = &plan->published;
 	if (claim->proto != IPPROTO_TCP && claim->proto != IPPROTO_UDP)
 		return false;
-	if (dnat_find(claim, skb->ifindex, m) &&
+	if (dnat_find(claim, plan->uplink, m) &&
 	    !(addr_equal(&m->rule.to, &plan->original.src) &&
 	      dnat_port(&m->rule, claim->dport) == plan->original.sport))
 		return true;
@@ -149,9 +149,12 @@ static long try_port(__u32 i, void *context)
 			return 0;
 		case MAPPED_OTHERS:
 			probe->result = CLAIM_OTHERS;
+			mapping_drop(&plan->original, claim);
 			return 1;
-		case MAPPED_FULL:
-			probe->result = CLAIM_FULL;
+		case MAPPED_HALF:
+			mapping_drop(&plan->original, claim);
+			return 1;
+		case MAPPED_FULL: /* then without one */
 			return 1;
 		}
 	}
@@ -221,7 +224,7 @@ static __always_inline enum claimed claim(struct __sk_buff *skb, struct plan *pl
 	if (result != CLAIM_NONE)
 		return result;
 	plan->map = false;
-	plan->half.mapped = false;
+	plan->half.standing.mapped = false;
 	result = claim_probe(skb, plan);
 	if (share && result == CLAIM_DONE)
 		count(PORTS_SHARED);

@@ -140,7 +140,7 @@ static __always_inline long rewrite_ports(struct packet *p, const struct tuple *
 }
 
 /* Gives the packet another tuple. After a failed write nobody knows what it looks like. */
-static __always_inline enum verdict rewrite(struct packet *p, const struct tuple *to)
+static __noinline enum verdict rewrite(struct packet *p, const struct tuple *to)
 {
 	if (rewrite_addrs(p, &to->src, &to->dst) || rewrite_ports(p, to))
 		return drop(p, DROP_REWRITE);

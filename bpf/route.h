@@ -15,16 +15,17 @@
 
 /* Looks up where the host sends what goes from src to dst, policy rules included. ifindex is the
  * device it came in by or, with BPF_FIB_LOOKUP_OUTPUT, leaves by. A length of 0 leaves the
- * MTU to whoever forwards.
+ * MTU to whoever forwards; with another the route's is in mtu_result.
  */
 static __always_inline long fib_lookup(const struct packet *p, const struct addr *src,
-				       const struct addr *dst, __u32 ifindex,
+				       const struct addr *dst, __u32 ifindex, __u16 length,
 				       struct bpf_fib_lookup *fib, __u32 flags)
 {
 	const struct tuple *t = &p->h.tuple;
 
 	__builtin_memset(fib, 0, sizeof(*fib));
 	fib->ifindex = ifindex;
+	fib->tot_len = length;
 	fib->l4_protocol = t->proto;
 	if (t->proto == IPPROTO_TCP || t->proto == IPPROTO_UDP) {
 		fib->sport = t->sport;
@@ -60,7 +61,7 @@ static __noinline enum route route_of(const struct packet *p, __u32 *ifindex)
 {
 	const struct tuple *t = &p->h.tuple;
 	struct bpf_fib_lookup fib;
-	long result = fib_lookup(p, &t->src, &t->dst, p->skb->ifindex, &fib, 0);
+	long result = fib_lookup(p, &t->src, &t->dst, p->skb->ifindex, 0, &fib, 0);
 
 	*ifindex = 0;
 	if (result == BPF_FIB_LKUP_RET_FWD_DISABLED && t->family == FAMILY_IPV6) {
@@ -68,7 +69,7 @@ static __noinline enum route route_of(const struct packet *p, __u32 *ifindex)
 		 * Asked for another device it tells what is local; which way the kernel
 		 * would go it need not know, for want of the rules for this device.
 		 */
-		result = fib_lookup(p, &t->src, &t->dst, LOOPBACK_IFINDEX, &fib, 0);
+		result = fib_lookup(p, &t->src, &t->dst, LOOPBACK_IFINDEX, 0, &fib, 0);
 		fib.ifindex = 0;
 	}
 	switch (result) {
@@ -104,7 +105,7 @@ static __noinline bool source_address(const struct packet *p, __u32 ifindex, str
 	const struct addr *address;
 	long result;
 
-	result = fib_lookup(p, &p->h.tuple.src, &p->h.tuple.dst, ifindex, &fib,
+	result = fib_lookup(p, &p->h.tuple.src, &p->h.tuple.dst, ifindex, 0, &fib,
 			    BPF_FIB_LOOKUP_OUTPUT | FIB_LOOKUP_SRC);
 	if (result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH ||
 	    result == BPF_FIB_LKUP_RET_FRAG_NEEDED) {
@@ -123,25 +124,18 @@ static __noinline bool source_address(const struct packet *p, __u32 ifindex, str
 }
 
 /* Whether the neighbour table knows another MAC for the packet's source than the frame has. */
-static __noinline bool is_foreign_mac(const struct packet *p)
+static __always_inline bool is_foreign_mac(const struct packet *p, __u32 bridge, const __u8 *mac)
 {
 	struct bpf_fib_lookup fib;
-	__u8 mac[6];
-
 	long result;
 
-	if (p->h.l3 < 14)
-		return false;
 	/* past the policy rules, which may lead elsewhere: this asks who the neighbour is */
-	result = fib_lookup(p, &p->h.tuple.dst, &p->h.tuple.src, p->skb->ifindex, &fib,
+	result = fib_lookup(p, &p->h.tuple.dst, &p->h.tuple.src, bridge, 0, &fib,
 			    BPF_FIB_LOOKUP_OUTPUT | BPF_FIB_LOOKUP_DIRECT);
 	if ((result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_FRAG_NEEDED) ||
-	    fib.ifindex != p->skb->ifindex)
+	    fib.ifindex != bridge)
 		return false;
-	if (bpf_skb_load_bytes(p->skb, 6, mac, sizeof(mac)) < 0)
-		return true;
-	return mac[0] != fib.dmac[0] || mac[1] != fib.dmac[1] || mac[2] != fib.dmac[2] ||
-	       mac[3] != fib.dmac[3] || mac[4] != fib.dmac[4] || mac[5] != fib.dmac[5];
+	return !mac_equal(mac, fib.dmac);
 }
 
 /* Which sockets of the host's own count. */

@@ -7,66 +7,69 @@
 
 #define PREFIX_ALL(type) ((sizeof(type) - sizeof(__u32)) * 8)
 
-/* The two keys are never needed at once, and the stack is short where this is called. */
-union dnat_any_key {
-	struct dnat_key port;
-	struct dnat_range_key range;
-};
-
-static __always_inline const struct dnat_rule *dnat_lookup(__u32 set, const struct tuple *t,
-							   bool any, __u32 ifindex)
-{
-	union dnat_any_key key = {};
-	const struct dnat_rule *rule = NULL;
-	void *inner = bpf_map_lookup_elem(&dnat_ports, &set);
-
-	if (!any)
-		key.port.dst = t->dst;
-	else if (t->family == FAMILY_IPV4)
-		addr_from_ipv4(&key.port.dst, 0);
-	key.port.ifindex = ifindex;
-	key.port.port = t->dport;
-	key.port.proto = t->proto;
-	if (inner)
-		rule = bpf_map_lookup_elem(inner, &key.port);
-	if (rule)
-		return rule;
-
-	inner = bpf_map_lookup_elem(&dnat_ranges, &set);
-	__builtin_memset(&key, 0, sizeof(key));
-	key.range.prefixlen = PREFIX_ALL(struct dnat_range_key);
-	if (!any)
-		key.range.dst = t->dst;
-	else if (t->family == FAMILY_IPV4)
-		addr_from_ipv4(&key.range.dst, 0);
-	key.range.ifindex = ifindex;
-	key.range.proto = t->proto;
-	key.range.port = t->dport;
-	return inner ? bpf_map_lookup_elem(inner, &key.range) : NULL;
-}
-
 struct dnat_match {
 	struct dnat_rule rule; /* a copy */
 	__u32 any;	       /* the rule names no address: it holds for those of the host */
+	union {		       /* space for keys: the stack is short where this is called */
+		struct dnat_key port;
+		struct dnat_range_key range;
+	} key;
 };
 
-/* The rule that publishes the tuple's destination on a device: a specific address before any,
- * within that a device's own rule before one for all.
- */
-__noinline bool dnat_find(const struct tuple *t, __u32 ifindex, struct dnat_match *m)
+static __always_inline const struct dnat_rule *dnat_lookup(__u64 rules, const struct tuple *t,
+							   enum dnat_kind kind, __u32 ifindex,
+							   struct dnat_match *m)
+{
+	bool any = kind >= DNAT_ANY_DEVICE;
+	const struct dnat_rule *rule = NULL;
+	__u32 set = rules & RULES_SET;
+	void *inner;
+
+	if (kind & 1)
+		ifindex = 0;
+	__builtin_memset(&m->key, 0, sizeof(m->key));
+	if (rules & RULES_DNAT_PORTS << kind) {
+		inner = bpf_map_lookup_elem(&dnat_ports, &set);
+		if (!any)
+			m->key.port.dst = t->dst;
+		else if (t->family == FAMILY_IPV4)
+			addr_from_ipv4(&m->key.port.dst, 0);
+		m->key.port.ifindex = ifindex;
+		m->key.port.port = t->dport;
+		m->key.port.proto = t->proto;
+		if (inner)
+			rule = bpf_map_lookup_elem(inner, &m->key.port);
+		if (rule)
+			return rule;
+	}
+	if (!(rules & RULES_DNAT_RANGES << kind))
+		return NULL;
+	inner = bpf_map_lookup_elem(&dnat_ranges, &set);
+	__builtin_memset(&m->key, 0, sizeof(m->key));
+	m->key.range.prefixlen = PREFIX_ALL(struct dnat_range_key);
+	if (!any)
+		m->key.range.dst = t->dst;
+	else if (t->family == FAMILY_IPV4)
+		addr_from_ipv4(&m->key.range.dst, 0);
+	m->key.range.ifindex = ifindex;
+	m->key.range.proto = t->proto;
+	m->key.range.port = t->dport;
+	return inner ? bpf_map_lookup_elem(inner, &m->key.range) : NULL;
+}
+
+/* The rule that publishes the tuple's destination on a device. */
+static __noinline bool dnat_find(const struct tuple *t, __u32 ifindex, struct dnat_match *m)
 {
 	const struct dnat_rule *rule = NULL;
 	const struct config *c;
 	__u32 zero = 0;
 
-	if (!t || !m)
-		return false;
 	c = bpf_map_lookup_elem(&config, &zero);
 	if (!c)
 		return false;
-	for (int i = 0; i < 4 && !rule; i++) {
-		m->any = i >= 2;
-		rule = dnat_lookup(c->rules & 1, t, m->any, i & 1 ? 0 : ifindex);
+	for (__u32 kind = 0; kind < DNAT_KINDS && !rule; kind++) {
+		m->any = kind >= DNAT_ANY_DEVICE;
+		rule = dnat_lookup(c->rules, t, kind, ifindex, m);
 	}
 	if (!rule)
 		return false;
@@ -95,7 +98,7 @@ static __always_inline bool rule_lists(const struct config *config, __u32 rule,
 		.rule = rule,
 		.addr = *addr,
 	};
-	__u32 set = config->rules & 1;
+	__u32 set = config->rules & RULES_SET;
 	void *inner = bpf_map_lookup_elem(&rule_prefixes, &set);
 
 	return inner && bpf_map_lookup_elem(inner, &key);
@@ -112,15 +115,17 @@ static __always_inline const struct snat_rule *snat_find(const struct config *co
 		.ifindex = ifindex,
 		.source = *source,
 	};
-	__u32 set = config->rules & 1;
+	__u32 set = config->rules & RULES_SET;
 	void *inner = bpf_map_lookup_elem(&snat_sources, &set);
 	const struct snat_rule *rule;
 
 	if (!inner)
 		return NULL;
-	rule = bpf_map_lookup_elem(inner, &key);
-	if (rule)
-		return rule;
+	if (config->rules & RULES_SNAT_DEVICE) {
+		rule = bpf_map_lookup_elem(inner, &key);
+		if (rule)
+			return rule;
+	}
 	key.ifindex = 0;
 	return bpf_map_lookup_elem(inner, &key);
 }

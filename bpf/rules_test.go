@@ -48,7 +48,8 @@ type ruleSet struct {
 func (d *datapath) setRules(rules ruleSet) {
 	d.Helper()
 	config := d.config()
-	slot := uint32(config.Rules ^ 1)
+	slot := uint32(config.Rules&1 ^ 1)
+	word := uint64(slot)
 
 	ports := make(map[bpf.NATDnatKey]bpf.NATDnatRule)
 	ranges := make(map[bpf.NATDnatRangeKey]bpf.NATDnatRule)
@@ -70,6 +71,9 @@ func (d *datapath) setRules(rules ruleSet) {
 		for _, p := range r.except {
 			v.Flags |= bpf.NATSnatFlagSNAT_EXCEPT
 			prefixes[bpf.NATRulePrefixKey{Prefixlen: 32 + prefixBits(p), Rule: id, Addr: natAddr(p.Addr())}] = 1
+		}
+		if r.uplink != 0 {
+			word |= uint64(bpf.NATRulesWordRULES_SNAT_DEVICE)
 		}
 		sources[bpf.NATSnatKey{Prefixlen: 32 + prefixBits(r.source), Ifindex: r.uplink, Source: natAddr(r.source.Addr())}] = v
 	}
@@ -94,10 +98,19 @@ func (d *datapath) setRules(rules ruleSet) {
 				dst = netip.IPv6Unspecified()
 			}
 		}
+		kind := bpf.NATDnatKindDNAT_ADDRESS_DEVICE
+		if !r.destination.IsValid() {
+			kind = bpf.NATDnatKindDNAT_ANY_DEVICE
+		}
+		if r.ingress == 0 {
+			kind++
+		}
 		if r.ports.first == r.ports.last {
+			word |= uint64(bpf.NATRulesWordRULES_DNAT_PORTS) << kind
 			ports[bpf.NATDnatKey{Dst: natAddr(dst), Ifindex: r.ingress, Port: be16(r.ports.first), Proto: r.proto}] = v
 			continue
 		}
+		word |= uint64(bpf.NATRulesWordRULES_DNAT_RANGES) << kind
 		for _, p := range portPrefixes(r.ports) {
 			ranges[bpf.NATDnatRangeKey{
 				Prefixlen: 176 + p.bits, Dst: natAddr(dst), Ifindex: r.ingress, Proto: r.proto, Port: be16(p.port),
@@ -109,7 +122,7 @@ func (d *datapath) setRules(rules ruleSet) {
 	replace(d, d.DnatRanges, bpf.NATMapNoDnatRanges, slot, ranges)
 	replace(d, d.SnatSources, bpf.NATMapNoSnatSources, slot, sources)
 	replace(d, d.RulePrefixes, bpf.NATMapNoRulePrefixes, slot, prefixes)
-	config.Rules = uint64(slot)
+	config.Rules = word
 	d.check(d.Config.Put(uint32(0), config))
 	d.rules = rules
 }

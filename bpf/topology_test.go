@@ -112,8 +112,9 @@ var (
 	eth1MAC      = macs{net.HardwareAddr{2, 0, 0, 2, 13, 2}}
 )
 
-// Devices of the test host, by ifindex; eth1 and dead have no programs.
-var bridgeIf, bridge2If, uplinkIf, eth1If uint32
+// Devices of the test host, by ifindex; eth1 and dead have no programs. portIf and otherPortIf are
+// docker0's ports, of the first and of the second container.
+var bridgeIf, bridge2If, uplinkIf, eth1If, portIf, otherPortIf uint32
 
 func buildHost() error {
 	for path, value := range map[string]string{
@@ -134,6 +135,12 @@ func buildHost() error {
 	}
 	var err error
 	if bridgeIf, err = addBridge("docker0", bridgeMAC, "172.17.0.1/16", "fd00:17::1/64"); err != nil {
+		return err
+	}
+	if portIf, err = linkIndex("p-docker0"); err != nil {
+		return err
+	}
+	if otherPortIf, err = addPort("docker0", "2", macs{net.HardwareAddr{2, 2, 0, 0, 17, 1}}); err != nil {
 		return err
 	}
 	if bridge2If, err = addBridge("br1", bridge2MAC, "172.18.0.1/16", "fd00:18::1/64"); err != nil {
@@ -211,17 +218,38 @@ func addBridge(name string, mac macs, addrs ...string) (uint32, error) {
 	if err := netlink.LinkAdd(bridge); err != nil {
 		return 0, fmt.Errorf("bridge %s: %w", name, err)
 	}
-	if _, err := addVeth("p-"+name, "c-"+name, macs{net.HardwareAddr{2, 1, mac.mac[2], mac.mac[3], mac.mac[4], mac.mac[5]}}); err != nil {
+	if _, err := addPort(name, "", macs{net.HardwareAddr{2, 1, mac.mac[2], mac.mac[3], mac.mac[4], mac.mac[5]}}); err != nil {
 		return 0, err
 	}
-	port, err := netlink.LinkByName("p-" + name)
+	return addAddrs(name, addrs)
+}
+
+// addPort makes a veth pair, both ends up, the first one a port of the bridge, and answers its ifindex.
+func addPort(bridge, suffix string, mac macs) (uint32, error) {
+	index, err := addVeth("p-"+bridge+suffix, "c-"+bridge+suffix, mac)
 	if err != nil {
 		return 0, err
 	}
-	if err := netlink.LinkSetMaster(port, bridge); err != nil {
-		return 0, fmt.Errorf("port of %s: %w", name, err)
+	master, err := netlink.LinkByName(bridge)
+	if err != nil {
+		return 0, err
 	}
-	return addAddrs(name, addrs)
+	port, err := netlink.LinkByIndex(int(index))
+	if err != nil {
+		return 0, err
+	}
+	if err := netlink.LinkSetMaster(port, master); err != nil {
+		return 0, fmt.Errorf("port of %s: %w", bridge, err)
+	}
+	return index, nil
+}
+
+func linkIndex(name string) (uint32, error) {
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", name, err)
+	}
+	return uint32(link.Attrs().Index), nil
 }
 
 func addAddrs(name string, addrs []string) (uint32, error) {

@@ -75,17 +75,6 @@ static __always_inline __u64 mix(__u64 hash, __u64 value)
 	return hash ^ hash >> 29;
 }
 
-static __always_inline __u64 tuple_hash(const struct tuple *t, __u64 hash)
-{
-	const __u64 *x = (const void *)t;
-
-	hash = mix(hash, x[0]);
-	hash = mix(hash, x[1]);
-	hash = mix(hash, x[2]);
-	hash = mix(hash, x[3]);
-	return mix(hash, x[4]);
-}
-
 #define SIPROUND                          \
 	do {                              \
 		v0 += v1;                 \

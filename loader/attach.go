@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -18,7 +19,7 @@ import (
 // what is attached already. Doing it twice changes nothing. On failure what was there stays.
 //
 // Errors wrap ErrNotPermitted, ErrNoBTF, ErrNoBPFFS, ErrNoDevice, ErrBadDevice, ErrLocked,
-// ErrOtherNetns, ErrOtherABI, ErrCorrupt, ErrConflict or ErrNotSupported. log may be nil.
+// ErrOtherNetns, ErrOtherABI, ErrCorrupt, ErrConflict, ErrMarkUsed or ErrNotSupported. log may be nil.
 func Attach(ctx context.Context, inst Instance, opts AttachOptions, log *slog.Logger) (*Status, error) {
 	return run(ctx, inst, opts, log, false)
 }
@@ -91,6 +92,36 @@ type attachment struct {
 	named  []device // those of the options
 	manual bool
 	cookie uint64
+
+	tracked tracking
+	fast    maps.FastPath // what the options come to
+}
+
+// prepare decides about the fast path, before anything changes.
+func (a *attachment) prepare() error {
+	a.tracked = findTracking()
+	a.fast = a.opts.decideFastPath(a.tracked)
+	if a.fast == maps.FastPathOff {
+		return nil
+	}
+	return a.checkMark()
+}
+
+// adaptSysctls gives conntrack what it needs beside a fast path. undo may be nil.
+func (a *attachment) adaptSysctls() (undo func() error, err error) {
+	if a.fast == maps.FastPathOff || !a.tracked.active() {
+		return nil, nil
+	}
+	return a.setSysctls()
+}
+
+// dropSysctls takes back what is not needed any more, once the new configuration is in force.
+func (a *attachment) dropSysctls() error {
+	if a.fast != maps.FastPathOff && a.tracked.active() {
+		return nil
+	}
+	_, err := a.inst.restoreSysctls(a.cookie)
+	return err
 }
 
 func (a *attachment) run() error {
@@ -98,10 +129,18 @@ func (a *attachment) run() error {
 	if err != nil {
 		return err
 	}
-	if present {
-		return a.upgrade()
+	if err := a.prepare(); err != nil {
+		return err
 	}
-	return a.install()
+	if present {
+		err = a.upgrade()
+	} else {
+		err = a.install()
+	}
+	if err != nil {
+		return err
+	}
+	return a.dropSysctls()
 }
 
 // install is a first attach. All is built beside the place where it belongs, by programs that
@@ -116,14 +155,16 @@ func (a *attachment) install() (err error) {
 	defer func() {
 		if err != nil {
 			_, failed := sweep(a.inst, a.nl, a.cookie)
-			err = errors.Join(err, failed)
+			_, left := a.inst.restoreSysctls(a.cookie)
+			err = errors.Join(err, failed, left)
 		}
 	}()
 	spec, err := a.opts.spec()
 	if err != nil {
 		return err
 	}
-	config := a.opts.config(maps.Config{NetnsCookie: a.cookie})
+	keepNeeded(spec, slices.ContainsFunc(a.named, func(d device) bool { return d.L3 }), a.fast)
+	config := a.opts.config(maps.Config{NetnsCookie: a.cookie}, a.fast)
 	loaded, err := loadNew(spec, config.MaxFlows)
 	if err != nil {
 		return err
@@ -145,17 +186,36 @@ func (a *attachment) install() (err error) {
 	if err := pinAll(staged.progs(), loaded.progs); err != nil {
 		return err
 	}
+	if err := writeBuild(staged.progs(), spec, loaded.progs); err != nil {
+		return err
+	}
+	if err := staged.setAsked(a.opts.FastPath); err != nil {
+		return err
+	}
 	if err := startExpiry(loaded.progs); err != nil {
+		return err
+	}
+	if _, err := a.adaptSysctls(); err != nil {
 		return err
 	}
 	c, err := a.connector(staged, loaded, typed, nil)
 	if err != nil {
 		return err
 	}
+	var devices []device
 	for _, d := range a.named {
-		if _, err := c.connect(d); err != nil {
+		d, err := c.connect(d)
+		if err != nil {
 			return err
 		}
+		devices = append(devices, d)
+	}
+	var undos []func() error // the sweep does that
+	if err := c.judgeAll(devices, &undos); err != nil {
+		return err
+	}
+	if err := c.reconcilePorts(devices, &undos); err != nil {
+		return err
 	}
 	if err := a.sync(state, a.named); err != nil {
 		return err
@@ -187,18 +247,21 @@ func (a *attachment) connector(p pins, current *objects, typed *bpf.NATMaps, old
 		pins:       p,
 		clsact:     &clsact{nl: a.nl, inst: a.inst, pins: p},
 		state:      maps.New(typed),
-		progs:      current.progs,
-		ids:        make(map[string]ebpf.ProgramID),
+		progs:      onHooks(current.progs, a.fast),
 	}
 	var err error
-	if c.ids, err = programIDs(current.progs); err != nil {
+	if c.ids, err = programIDs(c.progs); err != nil {
+		return nil, err
+	}
+	currents, err := programIDs(current.progs)
+	if err != nil {
 		return nil, err
 	}
 	olds, err := programIDs(old)
 	if err != nil {
 		return nil, err
 	}
-	for _, ids := range []map[string]ebpf.ProgramID{c.ids, olds} {
+	for _, ids := range []map[string]ebpf.ProgramID{currents, olds} {
 		for _, id := range ids {
 			c.clsact.programs = append(c.clsact.programs, id)
 		}
@@ -319,8 +382,18 @@ func byHand(inst Instance, status *Status) (commands []string, err error) {
 		return nil, err
 	}
 	defer nl.Close()
+	own, err := ownSpec()
+	if err != nil {
+		return nil, fmt.Errorf("read datapath: %w", err)
+	}
 	filters := &clsact{nl: nl, inst: inst, pins: pinsIn(inst.Dir())}
-	for _, s := range status.Devices {
+	devices := status.Devices
+	for _, p := range status.Ports {
+		if p.Ingress.Pinned != 0 {
+			devices = append(devices, DeviceStatus{Name: p.Name, Ifindex: p.Ifindex, Class: maps.Port, Attach: p.Attach})
+		}
+	}
+	for _, s := range devices {
 		if s.Attach != maps.AttachManual {
 			continue
 		}
@@ -337,8 +410,9 @@ func byHand(inst Instance, status *Status) (commands []string, err error) {
 			if h.ingress {
 				priority = tailPriority
 			}
+			pinned := variant(own.Programs, h.program, status.Config.FastPath)
 			commands = append(commands, fmt.Sprintf("tc filter add dev %s %s protocol all prio %d handle %d bpf direct-action object-pinned %s/%s",
-				s.Name, h, priority, handleForeignQdisc, pinsIn(inst.Dir()).progs(), h.program))
+				s.Name, h, priority, handleForeignQdisc, pinsIn(inst.Dir()).progs(), pinned))
 		}
 	}
 	return commands, nil

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"maps"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 
@@ -112,6 +114,9 @@ func TestUpgrade(t *testing.T) {
 					t.Fatalf("maps went from %v to %v", tables, tables2)
 				}
 				for _, name := range hookPrograms() {
+					if slices.Contains(l3Programs(), name) {
+						continue // no device needs it
+					}
 					if id := progs2[name]; id == progs[name] {
 						t.Fatalf("%s is still program %d", name, id)
 					}
@@ -388,7 +393,7 @@ func TestConfigFollowsOptions(t *testing.T) {
 	cookie, err := netnsCookie()
 	must(t, err)
 	want := state.Config{Live: true, NetnsCookie: cookie, MaxFlows: 4096, AllowDirect: true, NoIsolation: true,
-		PassUnmanaged: true, Timeouts: timeouts}
+		PassUnmanaged: true, FastPath: state.FastPathEstablished, Mark: 1 << DefaultMark, Timeouts: timeouts}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
@@ -400,6 +405,32 @@ func TestConfigFollowsOptions(t *testing.T) {
 	if diff := cmp.Diff(want, h.attach(AttachOptions{Spec: small(0)}).Config); diff != "" {
 		t.Error("plain attach keeps sizes and timeouts alone:", diff)
 	}
+}
+
+// TestL3UplinkLater: programs that were not loaded at first come when a device needs them.
+func TestL3UplinkLater(t *testing.T) {
+	h := newHost(t)
+	h.attach(h.options(TCX))
+	if _, progs := h.ids(); progs[bpf.NATProgToUplinkL3] != 0 {
+		t.Error("programs are loaded that no device needs")
+	}
+	must(t, h.nl.LinkAdd(&netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "tun0"}, Mode: netlink.TUNTAP_MODE_TUN}))
+	opts := h.options(TCX)
+	opts.Uplinks = []string{"tun0"}
+	if tun := h.attach(opts).Devices[2]; tun.Ingress.Program != bpf.NATProgFromUplinkL3 || tun.Ingress.ID == 0 {
+		t.Errorf("%+v", tun)
+	}
+	_, progs := h.ids()
+	h.attach(h.options(TCX)) // does not name it
+	if _, again := h.ids(); !maps.Equal(progs, again) {
+		t.Errorf("programs went from %v to %v", progs, again)
+	}
+	must(t, os.Remove(filepath.Join(pinsIn(h.inst.Dir()).progs(), bpf.NATProgToUplinkL3)))
+	if _, err := h.status(); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("status without the program of an attached device: %v", err)
+	}
+	h.attach(h.options(TCX))
+	h.detach()
 }
 
 func TestL3Uplink(t *testing.T) {

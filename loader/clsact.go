@@ -47,22 +47,29 @@ type clsact struct {
 	config ebpf.MapID
 	// programs are ids known to be ours.
 	programs []ebpf.ProgramID
+	// kinds are the ingress-side qdiscs by device, read at once: nil when not read yet.
+	kinds map[int]string
 }
 
 // qdisc is the kind of the device's ingress-side qdisc: "clsact", "ingress" or "".
 func (c *clsact) qdisc(ifindex int) (string, error) {
-	device := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: ifindex}}
-	list, err := retryDump(func() ([]netlink.Qdisc, error) { return c.nl.QdiscList(device) })
+	if c.kinds != nil {
+		return c.kinds[ifindex], nil
+	}
+	// The kernel lists those of all devices, whichever one is asked for.
+	list, err := retryDump(func() ([]netlink.Qdisc, error) { return c.nl.QdiscList(nil) })
 	if err != nil {
 		return "", fmt.Errorf("list qdiscs: %w", known(err))
 	}
+	kinds := make(map[int]string)
 	for _, q := range list {
 		// The library's type of a clsact qdisc depends on its version; the kind does not.
 		if kind := q.Type(); kind == "clsact" || kind == "ingress" {
-			return kind, nil
+			kinds[q.Attrs().LinkIndex] = kind
 		}
 	}
-	return "", nil
+	c.kinds = kinds
+	return kinds[ifindex], nil
 }
 
 // filters are all on one hook of the device.
@@ -100,7 +107,7 @@ func (c *clsact) named(f netlink.Filter) bool {
 func hookPrograms() []string {
 	return []string{
 		bpf.NATProgFromBridge, bpf.NATProgToBridge, bpf.NATProgFromUplink, bpf.NATProgToUplink,
-		bpf.NATProgFromUplinkL3, bpf.NATProgToUplinkL3,
+		bpf.NATProgFromUplinkL3, bpf.NATProgToUplinkL3, bpf.NATProgFromPort,
 	}
 }
 
@@ -189,6 +196,7 @@ func (c *clsact) ensureQdisc(d device) (own bool, err error) {
 	}
 	err = c.nl.QdiscAdd(clsactQdisc(d.index()))
 	if errors.Is(err, unix.EEXIST) { // somebody was faster: then it is theirs
+		c.kinds = nil
 		_ = os.Remove(mark)
 		return false, nil
 	}
@@ -196,6 +204,7 @@ func (c *clsact) ensureQdisc(d device) (own bool, err error) {
 		_ = os.Remove(mark)
 		return false, fmt.Errorf("%s: add clsact qdisc: %w", d, known(err))
 	}
+	c.kinds[d.index()] = "clsact"
 	return true, nil
 }
 
@@ -354,6 +363,7 @@ func (c *clsact) removeQdisc(ifindex int) error {
 			return err // somebody else uses it now
 		}
 	}
+	delete(c.kinds, ifindex)
 	if err := c.nl.QdiscDel(clsactQdisc(ifindex)); err != nil && !gone(err) {
 		return fmt.Errorf("remove clsact qdisc: %w", known(err))
 	}

@@ -46,7 +46,11 @@ func Detach(ctx context.Context, inst Instance) (found bool, err error) {
 	if err != nil {
 		return found, fmt.Errorf("%s: %w", inst, err)
 	}
-	return found, nil
+	changed, err := inst.restoreSysctls(cookie)
+	if err != nil {
+		return found, fmt.Errorf("%s: %w", inst, err)
+	}
+	return found || changed, nil
 }
 
 // dismantle makes the instance pass every packet on, which is the commit, and takes it apart.
@@ -87,7 +91,7 @@ func goDark(p pins) error {
 }
 
 func isConfig(m *ebpf.Map) bool {
-	spec, err := bpf.LoadNAT()
+	spec, err := ownSpec()
 	if err != nil {
 		return false
 	}

@@ -42,14 +42,16 @@ func (h hook) String() string {
 //
 // Ours is the last program on ingress and the first on egress, since netfilter's NAT lies
 // inside both: other programs see packets as they are on the wire.
-func (d device) hooks() [2]hook {
+func (d device) hooks() []hook {
 	switch {
 	case d.Class == maps.Bridge:
-		return [2]hook{{false, bpf.NATProgToBridge}, {true, bpf.NATProgFromBridge}}
+		return []hook{{false, bpf.NATProgToBridge}, {true, bpf.NATProgFromBridge}}
+	case d.Class == maps.Port:
+		return []hook{{true, bpf.NATProgFromPort}}
 	case d.L3:
-		return [2]hook{{false, bpf.NATProgToUplinkL3}, {true, bpf.NATProgFromUplinkL3}}
+		return []hook{{false, bpf.NATProgToUplinkL3}, {true, bpf.NATProgFromUplinkL3}}
 	default:
-		return [2]hook{{false, bpf.NATProgToUplink}, {true, bpf.NATProgFromUplink}}
+		return []hook{{false, bpf.NATProgToUplink}, {true, bpf.NATProgFromUplink}}
 	}
 }
 

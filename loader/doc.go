@@ -4,8 +4,12 @@
 //
 //	<bpffs>/tcnat/<name>/v<ABI>/maps/<map>
 //	                           /progs/<program>
+//	                           /progs/build/<program>=<id>-<hash>  directories: what they were loaded from
+//	                           /fast-path/<word>                   a directory: what attach was asked for
 //	                           /links/<ifindex>-<ingress|egress>   TCX only
 //	                           /qdiscs/<ifindex>                   directories: clsact qdiscs that we made
+//
+// Sysctls that it had to change are noted beside the lock, in <run>/<name>.sysctl, with what they were.
 //
 // Its states, and what moves it:
 //

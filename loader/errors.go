@@ -35,6 +35,8 @@ var (
 	ErrOtherABI = errors.New("made by an incompatible version")
 	// ErrConflict indicates a request that what is attached already rules out.
 	ErrConflict = errors.New("conflicts with what is attached")
+	// ErrMarkUsed indicates a bit of the packet mark that the host's routing looks at.
+	ErrMarkUsed = errors.New("bit is in use")
 	// ErrNoNetns indicates a network namespace that does not exist.
 	ErrNoNetns = errors.New("no such network namespace")
 )

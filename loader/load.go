@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -9,6 +10,8 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
@@ -18,11 +21,15 @@ import (
 
 const minQueue = 1024
 
+// ownSpec is what this binary would load, to compare with: not to be changed. Reading it takes
+// longer than all else that most commands do.
+var ownSpec = sync.OnceValues(bpf.LoadNAT)
+
 // sizes are the entries of the maps that grow with the number of flows.
 func sizes(maxFlows uint32) map[string]uint32 {
 	return map[string]uint32{
 		bpf.NATMapFlows:       2 * maxFlows,
-		bpf.NATMapMappings:    2 * maxFlows,
+		bpf.NATMapMappings:    maxFlows,
 		bpf.NATMapExpiryQueue: max(minQueue, maxFlows+maxFlows/4),
 	}
 }
@@ -67,9 +74,26 @@ func fill[T any](typed any, objects map[string]*T) {
 	}
 }
 
+// names are those in the tags of a struct that bpf2go made.
+func names(typed any) []string {
+	var list []string
+	for _, field := range reflect.VisibleFields(reflect.TypeOf(typed)) {
+		if name := field.Tag.Get("ebpf"); name != "" {
+			list = append(list, name)
+		}
+	}
+	return list
+}
+
 // private says whether a map belongs to one load of the programs and holds nothing that lasts:
 // the scratch space of a packet, and the types of inner maps.
-func private(name string) bool { return name == bpf.NATMapPlans || strings.HasPrefix(name, "no_") }
+func private(name string) bool {
+	switch name {
+	case bpf.NATMapOutputs, bpf.NATMapOwns, bpf.NATMapPlans, bpf.NATMapSenders, bpf.NATMapSources:
+		return true
+	}
+	return strings.HasPrefix(name, "no_")
+}
 
 // loadNew loads maps and programs for maxFlows flows.
 func loadNew(spec *ebpf.CollectionSpec, maxFlows uint32) (*objects, error) {
@@ -95,23 +119,41 @@ func loadOnto(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) (*objects, e
 		if _, sized := sizes(0)[name]; sized {
 			m.MaxEntries = have[name].MaxEntries()
 		}
-		if m.Type == ebpf.ArrayOfMaps {
-			// The library would write these into the maps again: the first, empty, rules.
-			m.Contents = nil
-		}
 	}
 	return load(spec, have)
 }
 
 func load(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) (*objects, error) {
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: have})
+	tables := spec.Copy()
+	tables.Programs = nil
+	for _, m := range tables.Maps {
+		switch m.Type {
+		case ebpf.ArrayOfMaps:
+			m.Contents = nil
+		case ebpf.Queue:
+			// The kernel refuses types here, once it has made the map: then it makes it again.
+			m.Key, m.Value = nil, nil
+		}
+	}
+	coll, err := ebpf.NewCollectionWithOptions(tables, ebpf.CollectionOptions{MapReplacements: have})
 	if errors.Is(err, ebpf.ErrMapIncompatible) {
 		return nil, fmt.Errorf("load: %w: %w: run tcnat detach first", ErrOtherABI, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("load: %w", known(err))
 	}
-	o := &objects{coll.Maps, coll.Programs}
+	o := &objects{maps: coll.Maps}
+	var wait sync.WaitGroup
+	var unfilled error
+	if have == nil {
+		wait.Go(func() { unfilled = fillOuter(spec, coll.Maps) })
+	}
+	o.progs, err = loadPrograms(spec.Programs, coll.Maps)
+	wait.Wait()
+	if err := cmp.Or(err, unfilled); err != nil {
+		o.close()
+		return nil, fmt.Errorf("load: %w", known(err))
+	}
 	for name, m := range o.maps {
 		if private(name) { // the programs and the outer maps hold it
 			m.Close()
@@ -119,6 +161,31 @@ func load(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) (*objects, error
 		}
 	}
 	return o, nil
+}
+
+// fillOuter puts the first, empty, rules into the maps of maps. Each update waits until no program
+// uses what it replaces: so they wait together, and while the programs are verified.
+func fillOuter(spec *ebpf.CollectionSpec, tables map[string]*ebpf.Map) error {
+	var wait sync.WaitGroup
+	var mutex sync.Mutex
+	var errs []error
+	for name, m := range spec.Maps {
+		if m.Type != ebpf.ArrayOfMaps {
+			continue
+		}
+		for _, entry := range m.Contents {
+			inner, _ := entry.Value.(string)
+			wait.Go(func() {
+				if err := tables[name].Put(entry.Key, tables[inner]); err != nil {
+					mutex.Lock()
+					errs = append(errs, fmt.Errorf("map %s: put %s: %w", name, inner, err))
+					mutex.Unlock()
+				}
+			})
+		}
+	}
+	wait.Wait()
+	return errors.Join(errs...)
 }
 
 // VerifierLog is the last lines of the verifier's log in err's chain, all of it when lines is
@@ -146,25 +213,30 @@ func pinAll[T pinner](dir string, list map[string]T) error {
 	return nil
 }
 
-// startExpiry arms the expiry's timer with the callback of this very program.
+// startExpiry arms the expiry's timer with the callback of this very program. The kernel takes the
+// memory for a timer without waiting, so under load it may have none for a moment.
 func startExpiry(progs map[string]*ebpf.Program) error {
 	program, ok := progs[bpf.NATProgStartExpiry]
 	if !ok {
 		return fmt.Errorf("start expiry: no program %s", bpf.NATProgStartExpiry)
 	}
-	ret, err := program.Run(&ebpf.RunOptions{Data: make([]byte, 64)})
-	if err != nil {
-		return fmt.Errorf("start expiry: %w", known(err))
+	const tries, pause = 50, 10 * time.Millisecond
+	for range tries {
+		ret, err := program.Run(&ebpf.RunOptions{Data: make([]byte, 64)})
+		if err != nil {
+			return fmt.Errorf("start expiry: %w", known(err))
+		}
+		if ret == 0 {
+			return nil
+		}
+		time.Sleep(pause)
 	}
-	if ret != 0 {
-		return fmt.Errorf("start expiry: the program returned %d", int32(ret))
-	}
-	return nil
+	return fmt.Errorf("start expiry: the kernel has no memory for a timer: try again, or free some")
 }
 
 // openMaps opens the pinned maps. A missing one, and one of another layout, is ErrCorrupt.
 func openMaps(i Instance, p pins) (*objects, error) {
-	spec, err := bpf.LoadNAT()
+	spec, err := ownSpec()
 	if err != nil {
 		return nil, fmt.Errorf("read datapath: %w", err)
 	}
@@ -173,43 +245,25 @@ func openMaps(i Instance, p pins) (*objects, error) {
 		if private(name) {
 			continue
 		}
-		want := spec.Maps[name]
-		path := filepath.Join(p.maps(), name)
-		m, err := ebpf.LoadPinnedMap(path, nil)
-		if err != nil {
+		if err := o.open(i, p, spec.Maps[name]); err != nil {
 			o.close()
-			return nil, damagedOr(i, fmt.Errorf("map %s: %w", name, err))
-		}
-		o.maps[name] = m
-		if m.Type() != want.Type || m.KeySize() != want.KeySize || m.ValueSize() != want.ValueSize {
-			o.close()
-			return nil, corrupt(i, fmt.Errorf("map %s is a %s of %d and %d bytes", name, m.Type(), m.KeySize(), m.ValueSize()))
+			return nil, err
 		}
 	}
 	return o, nil
 }
 
-// openPrograms opens the pinned programs that are there. missing is the first one that is not:
-// the instance was attached by another build, or its pins are damaged; attaching mends both.
-func openPrograms(i Instance, p pins) (o *objects, missing error, err error) {
-	spec, err := bpf.LoadNAT()
+// open adds the pinned map that goes by want's name.
+func (o *objects) open(i Instance, p pins, want *ebpf.MapSpec) error {
+	m, err := ebpf.LoadPinnedMap(filepath.Join(p.maps(), want.Name), nil)
 	if err != nil {
-		return nil, nil, fmt.Errorf("read datapath: %w", err)
+		return damagedOr(i, fmt.Errorf("map %s: %w", want.Name, err))
 	}
-	o = &objects{progs: make(map[string]*ebpf.Program)}
-	for _, name := range slices.Backward(slices.Sorted(maps.Keys(spec.Programs))) {
-		program, err := ebpf.LoadPinnedProgram(filepath.Join(p.progs(), name), nil)
-		switch {
-		case err == nil:
-			o.progs[name] = program
-		case errors.Is(err, os.ErrPermission):
-			o.close()
-			return nil, nil, fmt.Errorf("%s: %w", i, known(err))
-		default:
-			missing = fmt.Errorf("%s: %w: program %s: %w: run tcnat attach, which mends it", i, ErrCorrupt, name, err)
-		}
+	o.maps[want.Name] = m
+	if m.Type() != want.Type || m.KeySize() != want.KeySize || m.ValueSize() != want.ValueSize {
+		return corrupt(i, fmt.Errorf("map %s is a %s of %d and %d bytes", want.Name, m.Type(), m.KeySize(), m.ValueSize()))
 	}
-	return o, missing, nil
+	return nil
 }
 
 // damagedOr keeps a lack of rights apart from damage.

@@ -206,7 +206,10 @@ func (h *host) wantNothing() {
 func (h *host) left() []string {
 	h.t.Helper()
 	var left []string
-	for _, device := range []string{"docker0", "eth0", "eth1"} {
+	links, err := h.nl.LinkList()
+	must(h.t, err)
+	for _, l := range links {
+		device := l.Attrs().Name
 		for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
 			result, err := link.QueryPrograms(link.QueryOptions{Target: h.index(device), Attach: at})
 			must(h.t, err)
@@ -222,7 +225,7 @@ func (h *host) left() []string {
 			}
 		}
 	}
-	for _, path := range []string{h.inst.Dir(), h.inst.staged(), h.inst.retired(), h.inst.lockPath(), filepath.Dir(h.inst.Dir())} {
+	for _, path := range []string{h.inst.changesPath(), h.inst.Dir(), h.inst.staged(), h.inst.retired(), h.inst.lockPath(), filepath.Dir(h.inst.Dir())} {
 		if _, err := os.Lstat(path); err == nil {
 			left = append(left, path)
 		}

@@ -5,12 +5,11 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"tcnat/bpf"
 	"tcnat/maps"
 )
 
 // DefaultMaxFlows is the bound of flows where AttachOptions names none.
-const DefaultMaxFlows = 262144
+const DefaultMaxFlows = 131072
 
 // FlowLimit bounds AttachOptions.MaxFlows: it keeps the tables' sizes under what a map may have.
 const FlowLimit = 1 << 26
@@ -40,6 +39,37 @@ func (m AttachMode) String() string {
 	}
 }
 
+// FastPath says who may pass by the host's stack.
+type FastPath uint8
+
+const (
+	// FastPathAuto is FastPathEstablished, and FastPathOff where the host tracks connections.
+	FastPathAuto FastPath = iota
+	// FastPathEstablished is for flows of which the host lets a packet through now and then.
+	FastPathEstablished
+	// FastPathAlways is for first packets too: the routing table is asked, the firewall is not.
+	FastPathAlways
+	// FastPathOff leaves every packet to the host's stack.
+	FastPathOff
+)
+
+// String is the word of the command line.
+func (f FastPath) String() string {
+	switch f {
+	case FastPathEstablished:
+		return "established"
+	case FastPathAlways:
+		return "always"
+	case FastPathOff:
+		return "off"
+	default:
+		return "auto"
+	}
+}
+
+// DefaultMark is the bit of the packet mark that is used where AttachOptions name none.
+const DefaultMark = 12
+
 // AttachOptions say what to attach to, and how. Devices that are attached already and are not
 // named stay attached; all else is as the options say, not as it was.
 type AttachOptions struct {
@@ -51,6 +81,9 @@ type AttachOptions struct {
 	NoIsolation      bool           // the bridges reach each other
 	PassUnmanaged    bool           // containers' traffic may leave by devices that are not named
 	Timeouts         *maps.Timeouts // nil: as they are, maps.DefaultTimeouts at first
+	FastPath         FastPath
+	Mark             *uint8 // bit 0 to 31 of the packet mark, on redirected packets for a moment; nil: DefaultMark
+	NoPorts          bool   // put no program on the bridges' ports: the fast path begins at the bridge
 
 	// Spec is the datapath; nil is bpf.LoadNAT. Tests pass other builds of it.
 	Spec func() (*ebpf.CollectionSpec, error)
@@ -59,24 +92,39 @@ type AttachOptions struct {
 func (o AttachOptions) spec() (*ebpf.CollectionSpec, error) {
 	load := o.Spec
 	if load == nil {
-		load = bpf.LoadNAT
+		load = ownSpec
 	}
 	spec, err := load()
 	if err != nil {
 		return nil, fmt.Errorf("read datapath: %w", err)
 	}
-	return spec, nil
+	return spec.Copy(), nil
 }
 
 func (o AttachOptions) validate() error {
 	if o.MaxFlows > FlowLimit {
 		return fmt.Errorf("max flows %d: at most %d", o.MaxFlows, FlowLimit)
 	}
+	if o.mark() > 31 {
+		return fmt.Errorf("mark %d: the packet mark has bits 0 to 31", o.mark())
+	}
 	return nil
 }
 
-// config is what the options make of the configuration that is there (the zero value at first).
-func (o AttachOptions) config(have maps.Config) maps.Config {
+func (o AttachOptions) mark() uint8 {
+	if o.Mark == nil {
+		return DefaultMark
+	}
+	return *o.Mark
+}
+
+// config is what the options make of the configuration that is there (the zero value at first),
+// with this fast path.
+func (o AttachOptions) config(have maps.Config, fast maps.FastPath) maps.Config {
+	have.FastPath, have.Mark = fast, 0
+	if fast != maps.FastPathOff { // else no bit of the mark has a meaning
+		have.Mark = 1 << o.mark()
+	}
 	if o.MaxFlows != 0 {
 		have.MaxFlows = o.MaxFlows
 	}

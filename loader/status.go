@@ -19,7 +19,9 @@ type Status struct {
 	Live        bool   // false: an attach or detach was interrupted, the programs pass every packet on
 	NetnsCookie uint64
 	Config      maps.Config
+	FastPath    FastPathStatus
 	Devices     []DeviceStatus // bridges first, then by name
+	Ports       []PortStatus   // of the bridges, by bridge and name
 	Unmanaged   []UnmanagedDevice
 	Problems    []string // one line each: what is wrong and what to do
 }
@@ -32,6 +34,7 @@ type DeviceStatus struct {
 	Attach   maps.AttachKind
 	L3       bool
 	OwnQdisc bool
+	Slow     string // why it has no fast path, "" if it has
 	Ingress  HookStatus
 	Egress   HookStatus
 }
@@ -74,7 +77,17 @@ func (d *Datapath) Status() (Status, error) {
 		return s, err
 	}
 	names := ifnames(links)
-	if err := d.deviceStatus(&s, nl, names); err != nil {
+	c, ids, err := d.hookReader(nl)
+	if err != nil {
+		return s, err
+	}
+	if err := d.deviceStatus(&s, c, ids, names); err != nil {
+		return s, err
+	}
+	if err := d.portStatus(&s, c, ids, links); err != nil {
+		return s, err
+	}
+	if err := d.fastPathStatus(&s); err != nil {
 		return s, err
 	}
 	unmanaged, err := d.state.Unmanaged()
@@ -88,18 +101,34 @@ func (d *Datapath) Status() (Status, error) {
 	return s, nil
 }
 
-func (d *Datapath) deviceStatus(s *Status, nl *netlink.Handle, names map[uint32]string) error {
+// hookReader is what reads hooks, and the programs that should be there by name.
+func (d *Datapath) hookReader(nl *netlink.Handle) (*clsact, map[string]uint32, error) {
+	c := &clsact{nl: nl, inst: d.inst, pins: pinsIn(d.inst.Dir())}
+	c.know()
+	config, err := d.state.Config()
+	if err != nil {
+		return nil, nil, err
+	}
+	pinned, err := programIDs(onHooks(d.progs.progs, config.FastPath))
+	if err != nil {
+		return nil, nil, err
+	}
+	ids := make(map[string]uint32, len(pinned))
+	for name, id := range pinned {
+		ids[name] = uint32(id)
+	}
+	return c, ids, nil
+}
+
+func (d *Datapath) deviceStatus(s *Status, c *clsact, ids map[string]uint32, names map[uint32]string) error {
 	entries, err := d.state.Devices()
 	if err != nil {
 		return err
 	}
-	ids, err := programIDs(d.progs.progs)
-	if err != nil {
-		return err
-	}
-	c := &clsact{nl: nl, inst: d.inst, pins: pinsIn(d.inst.Dir())}
-	c.know()
 	for _, entry := range entries {
+		if entry.Class == maps.Port {
+			continue
+		}
 		dev := device{entry, ifname(names, entry.Ifindex)}
 		status := DeviceStatus{
 			Name: dev.name, Ifindex: dev.Ifindex, Class: dev.Class, Attach: dev.Attach,
@@ -110,19 +139,25 @@ func (d *Datapath) deviceStatus(s *Status, nl *netlink.Handle, names map[uint32]
 			s.Devices = append(s.Devices, status)
 			continue
 		}
+		status.Ingress, status.Egress, err = c.judge(dev, ids)
+		if err != nil {
+			return err
+		}
 		for _, h := range dev.hooks() {
-			hs, err := c.hookStatus(dev, h, uint32(ids[h.program]))
-			if err != nil {
-				return err
+			hs := status.Egress
+			if h.ingress {
+				hs = status.Ingress
 			}
 			if problem := hs.problem(dev, h); problem != "" {
 				s.Problems = append(s.Problems, problem)
 			}
-			if h.ingress {
-				status.Ingress = hs
-			} else {
-				status.Egress = hs
-			}
+		}
+		status.Slow = skippedText(dev, status.Ingress, status.Egress)
+		switch {
+		case dev.Slow && status.Slow == "":
+			status.Slow = "others were on its hooks when attach ran, and have gone: run tcnat attach again"
+		case !dev.Slow && status.Slow != "" && s.Config.FastPath != maps.FastPathOff:
+			s.Problems = append(s.Problems, fmt.Sprintf("%s: since attach ran: %s: run tcnat attach again", dev, status.Slow))
 		}
 		s.Devices = append(s.Devices, status)
 	}

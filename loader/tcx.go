@@ -6,9 +6,11 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 // tcxPin is the pin of the link of one hook.
@@ -29,12 +31,12 @@ func (p pins) attachTCX(d device, h hook, program *ebpf.Program) error {
 	if h.ingress {
 		anchor = link.Tail()
 	}
-	l, err := link.AttachTCX(link.TCXOptions{
-		Interface: d.index(),
-		Program:   program,
-		Attach:    h.tcxType(),
-		Anchor:    anchor,
-	})
+	options := link.TCXOptions{Interface: d.index(), Program: program, Attach: h.tcxType(), Anchor: anchor}
+	l, err := link.AttachTCX(options)
+	// The kernel ends a link whose pin is lost a moment later.
+	for end := time.Now().Add(time.Second); errors.Is(err, unix.EEXIST) && time.Now().Before(end); l, err = link.AttachTCX(options) {
+		time.Sleep(5 * time.Millisecond)
+	}
 	if err != nil {
 		return fmt.Errorf("%s: attach %s to TCX %s: %w", d, h.program, h, known(err))
 	}

@@ -3,8 +3,8 @@ package loader
 import (
 	"fmt"
 	"os"
+	"slices"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"tcnat/bpf"
@@ -30,7 +30,7 @@ func (a *attachment) upgrade() (err error) {
 		return err
 	}
 	before := config
-	config = a.opts.config(config)
+	config = a.opts.config(config, a.fast)
 	if 2*config.MaxFlows != typed.Flows.MaxEntries() {
 		return fmt.Errorf("%s: max flows %d: %w: its tables were made for %d: run tcnat detach first",
 			a.inst, config.MaxFlows, ErrConflict, typed.Flows.MaxEntries()/2)
@@ -49,11 +49,18 @@ func (a *attachment) upgrade() (err error) {
 		}
 	}()
 
+	undo, err := a.adaptSysctls()
+	if undo != nil {
+		undos = append(undos, undo)
+	}
+	if err != nil {
+		return err
+	}
 	undos = append(undos, func() error { return state.SetConfig(before) })
 	if err := state.SetConfig(config); err != nil {
 		return err
 	}
-	build, err := a.upgradePrograms(p, tables)
+	build, err := a.upgradePrograms(p, tables, state)
 	if err != nil {
 		return err
 	}
@@ -69,8 +76,18 @@ func (a *attachment) upgrade() (err error) {
 	if err != nil {
 		return err
 	}
+	devices := slices.Concat(have, added)
+	if err := c.judgeAll(devices, &undos); err != nil {
+		return err
+	}
+	if err := c.reconcilePorts(devices, &undos); err != nil {
+		return err
+	}
 	undos = append(undos, func() error { return a.sync(state, have) })
-	if err := a.sync(state, append(have, added...)); err != nil {
+	if err := a.sync(state, devices); err != nil {
+		return err
+	}
+	if err := p.setAsked(a.opts.FastPath); err != nil {
 		return err
 	}
 	if err := build.commit(); err != nil {
@@ -101,7 +118,11 @@ type build struct {
 
 // upgradePrograms loads this binary's programs. Where they are what is pinned already, those
 // stay.
-func (a *attachment) upgradePrograms(p pins, tables *objects) (*build, error) {
+func (a *attachment) upgradePrograms(p pins, tables *objects, state *maps.State) (*build, error) {
+	l3, err := a.needsL3(state)
+	if err != nil {
+		return nil, err
+	}
 	old, missing, err := openPrograms(a.inst, p)
 	if err != nil {
 		return nil, err
@@ -112,15 +133,15 @@ func (a *attachment) upgradePrograms(p pins, tables *objects) (*build, error) {
 		b.close()
 		return nil, err
 	}
+	keepNeeded(spec, l3, a.fast)
+	if missing == nil && readBuild(p.progs()).isOf(spec, old.progs) {
+		b.current, b.same = old, true
+		return b, nil
+	}
 	b.current, err = loadOnto(spec, tables.maps)
 	if err != nil {
 		b.close()
 		return nil, err
-	}
-	if missing == nil && sameTags(old.progs, b.current.progs) {
-		b.current.close()
-		b.current, b.same = old, true
-		return b, nil
 	}
 	if err := removeTree(b.staged()); err != nil {
 		b.close()
@@ -131,6 +152,11 @@ func (a *attachment) upgradePrograms(p pins, tables *objects) (*build, error) {
 		return nil, fmt.Errorf("make pin directory: %w", known(err))
 	}
 	if err := pinAll(b.staged(), b.current.progs); err != nil {
+		_ = removeTree(b.staged())
+		b.close()
+		return nil, err
+	}
+	if err := writeBuild(b.staged(), spec, b.current.progs); err != nil {
 		_ = removeTree(b.staged())
 		b.close()
 		return nil, err
@@ -175,26 +201,14 @@ func (b *build) commit() error {
 	return removeTree(b.staged())
 }
 
-// sameTags says whether two sets of programs are the same code.
-func sameTags(a, b map[string]*ebpf.Program) bool {
-	if len(a) != len(b) {
-		return false
+// needsL3 says whether a device has no link header, of the named and the attached ones.
+func (a *attachment) needsL3(state *maps.State) (bool, error) {
+	entries, err := state.Devices()
+	if err != nil {
+		return false, err
 	}
-	for name, have := range a {
-		want, ok := b[name]
-		if !ok {
-			return false
-		}
-		one, err := have.Info()
-		if err != nil {
-			return false
-		}
-		other, err := want.Info()
-		if err != nil || one.Tag != other.Tag {
-			return false
-		}
-	}
-	return true
+	return slices.ContainsFunc(a.named, func(d device) bool { return d.L3 }) ||
+		slices.ContainsFunc(entries, func(d maps.Device) bool { return d.L3 }), nil
 }
 
 // reconcile makes every hook of every device run the current programs, attaches to the devices
@@ -246,7 +260,7 @@ func (c *connector) reconcile(undos *[]func() error) (have, added []device, err 
 	return have, added, nil
 }
 
-// attached are the devices that have programs, without those that no longer exist.
+// attached are the bridges and uplinks that have programs, without those that no longer exist.
 func (c *connector) attached() (map[uint32]device, error) {
 	entries, err := c.state.Devices()
 	if err != nil {
@@ -255,6 +269,9 @@ func (c *connector) attached() (map[uint32]device, error) {
 	names := ifnames(c.links)
 	attached := make(map[uint32]device)
 	for _, entry := range entries {
+		if entry.Class == maps.Port {
+			continue
+		}
 		d := device{entry, ifname(names, entry.Ifindex)}
 		if _, exists := names[entry.Ifindex]; exists {
 			attached[d.Ifindex] = d
@@ -305,4 +322,35 @@ func (c *connector) forget(d device) error {
 		return err
 	}
 	return c.state.SetAddresses(d.Ifindex, nil)
+}
+
+// judgeAll switches the fast path of a device off where others are on its hooks that it would
+// pass by, and on again where they have gone. It notes the address of a bridge, by which its
+// ports know what is for the host.
+func (c *connector) judgeAll(devices []device, undos *[]func() error) error {
+	addresses := bridgeMACs(c.links)
+	for _, d := range devices {
+		ingress, egress, err := c.clsact.judge(d, nil)
+		if err != nil {
+			return err
+		}
+		slow := skippedText(d, ingress, egress)
+		mac := d.MAC
+		if d.Class == maps.Bridge {
+			mac = addresses[d.Ifindex]
+		}
+		if d.Slow == (slow != "") && d.MAC == mac {
+			continue
+		}
+		before := d.Device
+		d.Slow, d.MAC = slow != "", mac
+		*undos = append(*undos, func() error { return c.state.SetDevice(before) })
+		if err := c.state.SetDevice(d.Device); err != nil {
+			return err
+		}
+		if d.Slow != before.Slow {
+			c.log.Info("fast path of a device", "device", d.name, "slow", d.Slow, "why", slow)
+		}
+	}
+	return nil
 }

@@ -41,9 +41,9 @@ func readAll[K, V any](m *ebpf.Map, visit func(K, V)) error {
 	}
 }
 
-// writeAll puts every element into m, many at a time.
+// writeAll puts every element into m, many at a time. A nil map is passed over.
 func writeAll[K, V any](m *ebpf.Map, keys []K, values []V) error {
-	for len(keys) > 0 {
+	for m != nil && len(keys) > 0 {
 		n := min(batchSize, len(keys))
 		if _, err := m.BatchUpdate(keys[:n], values[:n], nil); err != nil {
 			return err

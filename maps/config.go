@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"fmt"
+	"math/bits"
 	"time"
 
 	"tcnat/bpf"
@@ -37,6 +38,13 @@ type Config struct {
 
 	// Routed means that containers without an SNAT rule leave untranslated.
 	Routed bool
+
+	// FastPath says who may pass by the host's stack.
+	FastPath FastPath
+
+	// Mark is the bit of the packet mark, as a mask, that tells a redirected packet. With a
+	// fast path it must be one bit.
+	Mark uint32
 
 	Timeouts Timeouts
 }
@@ -100,6 +108,8 @@ func (s *State) Config() (Config, error) {
 		NoIsolation:   flag(bpf.NATConfigFlagCONFIG_NO_ISOLATION),
 		PassUnmanaged: flag(bpf.NATConfigFlagCONFIG_PASS_UNMANAGED),
 		Routed:        flag(bpf.NATConfigFlagCONFIG_ROUTED),
+		FastPath:      FastPath(raw.FastPath),
+		Mark:          raw.Mark,
 	}
 	for _, f := range c.Timeouts.fields() {
 		// A stamp is 1.05 ms and rounded up: what was said in centiseconds comes back exact.
@@ -110,8 +120,12 @@ func (s *State) Config() (Config, error) {
 
 // SetConfig writes the configuration as a whole. Which rules are in force stays as it is,
 // and so does the secret that picks ports, which is made when there is none yet.
-// A timeout that is not positive or over 26 days is an ErrInvalidConfig.
+// A timeout that is not positive or over 26 days is an ErrInvalidConfig, and so is a fast path
+// without one bit for its mark.
 func (s *State) SetConfig(c Config) error {
+	if c.FastPath != FastPathOff && bits.OnesCount32(c.Mark) != 1 {
+		return faultf(ErrInvalidConfig, "mark %#x: fast path %s needs one bit", c.Mark, c.FastPath)
+	}
 	raw, err := s.rawConfig()
 	if err != nil {
 		return err
@@ -122,6 +136,8 @@ func (s *State) SetConfig(c Config) error {
 	}
 	raw.NetnsCookie = c.NetnsCookie
 	raw.MaxFlows = c.MaxFlows
+	raw.FastPath = bpf.NATFastPath(c.FastPath)
+	raw.Mark = c.Mark
 	before := raw.Flags
 	raw.Flags = 0
 	for flag, on := range map[bpf.NATConfigFlag]bool{

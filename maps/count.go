@@ -7,7 +7,7 @@ import (
 )
 
 // Elements counts the raw elements of the tables that packets fill, by map name: "flows"
-// (two a flow) and "mappings" (two a mapping).
+// (two a flow) and "mappings" (one or two a mapping).
 func (s *State) Elements() (map[string]int, error) {
 	var flows, mappings int
 

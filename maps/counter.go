@@ -16,6 +16,12 @@ type Count struct {
 	Packets uint64 // how often, on all CPUs together
 }
 
+// The names of the counters of the fast path.
+const (
+	LeasesGranted     = "leases-granted"
+	PacketsRedirected = "packets-redirected"
+)
+
 // wording is how people are told of a counter.
 type wording struct {
 	name, text string
@@ -54,6 +60,8 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 		bpf.NATCounterMAPPINGS_CREATED:     {"mappings-created", "A container's endpoint got an outside port."},
 		bpf.NATCounterMAPPINGS_ENDED:       {"mappings-ended", "An outside port became free, since the last flow of its endpoint ended."},
 		bpf.NATCounterPORTS_SHARED:         {"ports-shared", "No outside port was free for an endpoint, so it shares one with another by destination."},
+		bpf.NATCounterLEASES_GRANTED:       {LeasesGranted, "A direction of a flow was let on the fast path for a second and a half, since the host let a packet of it through."},
+		bpf.NATCounterPACKETS_REDIRECTED:   {PacketsRedirected, "A packet took the fast path, past the host's stack."},
 		bpf.NATCounterTIMER_RESTARTED:      {"timer-restarted", "The expiry's timer had stopped and a packet started it again."},
 		bpf.NATCounterTIMER_FAILED:         {"timer-failed", "The expiry's timer could not be started; flows do not end until it can."},
 	}

@@ -18,15 +18,18 @@ type DeviceClass uint8
 const (
 	Bridge DeviceClass = DeviceClass(bpf.NATDeviceClassCLASS_BRIDGE)
 	Uplink DeviceClass = DeviceClass(bpf.NATDeviceClassCLASS_UPLINK)
+	Port   DeviceClass = DeviceClass(bpf.NATDeviceClassCLASS_PORT) // of a bridge
 )
 
-// String returns "bridge" or "uplink".
+// String returns "bridge", "uplink" or "port".
 func (c DeviceClass) String() string {
 	switch c {
 	case Bridge:
 		return "bridge"
 	case Uplink:
 		return "uplink"
+	case Port:
+		return "port"
 	}
 	return fmt.Sprintf("class %d", uint8(c))
 }
@@ -61,6 +64,13 @@ type Device struct {
 	Attach   AttachKind
 	OwnQdisc bool // attach made its clsact qdisc, detach removes it
 	L3       bool // it has no Ethernet header
+	Slow     bool // it has no fast path
+
+	// Of a port: its bridge, its container's Ethernet address where it is known (of a bridge: its own), and whether
+	// packets may go straight to the other end of its veth.
+	Bridge uint32
+	MAC    MAC
+	Peer   bool
 }
 
 // Devices lists the devices that have programs, by ifindex.
@@ -74,6 +84,10 @@ func (s *State) Devices() ([]Device, error) {
 			Attach:   AttachKind(d.Attach),
 			OwnQdisc: d.Flags&bpf.NATDeviceFlagDEVICE_OWN_QDISC != 0,
 			L3:       d.Flags&bpf.NATDeviceFlagDEVICE_L3 != 0,
+			Slow:     d.Flags&bpf.NATDeviceFlagDEVICE_SLOW != 0,
+			Bridge:   d.Bridge,
+			MAC:      d.Mac,
+			Peer:     d.Flags&bpf.NATDeviceFlagDEVICE_PEER != 0,
 		})
 	})
 	if err != nil {
@@ -88,12 +102,18 @@ func (s *State) SetDevice(d Device) error {
 	value := bpf.NATDevice{
 		Class:  bpf.NATDeviceClass(d.Class),
 		Attach: bpf.NATAttachKind(d.Attach),
+		Bridge: d.Bridge,
+		Mac:    d.MAC,
 	}
-	if d.OwnQdisc {
-		value.Flags |= bpf.NATDeviceFlagDEVICE_OWN_QDISC
-	}
-	if d.L3 {
-		value.Flags |= bpf.NATDeviceFlagDEVICE_L3
+	for flag, on := range map[bpf.NATDeviceFlag]bool{
+		bpf.NATDeviceFlagDEVICE_OWN_QDISC: d.OwnQdisc,
+		bpf.NATDeviceFlagDEVICE_L3:        d.L3,
+		bpf.NATDeviceFlagDEVICE_SLOW:      d.Slow,
+		bpf.NATDeviceFlagDEVICE_PEER:      d.Peer,
+	} {
+		if on {
+			value.Flags |= flag
+		}
 	}
 	if err := s.m.Devices.Put(d.Ifindex, value); err != nil {
 		return fmt.Errorf("write device %d: %w", d.Ifindex, err)

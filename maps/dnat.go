@@ -135,7 +135,7 @@ func (r DNATRule) key() dnatKey {
 }
 
 // matchAddress is the destination, or the unspecified address of the rule's family.
-func (r DNATRule) matchAddress() netip.Addr {
+func (r *DNATRule) matchAddress() netip.Addr {
 	switch {
 	case r.Destination.IsValid():
 		return r.Destination
@@ -169,14 +169,20 @@ func (r DNATRule) clash(o DNATRule) error {
 	return faultf(ErrRuleOverlap, "%s: overlaps with %s: delete that rule first", r, o)
 }
 
-func compareDNAT(a, b DNATRule) int {
-	return cmp.Or(
-		cmp.Compare(a.Protocol, b.Protocol),
-		a.matchAddress().Compare(b.matchAddress()),
-		cmp.Compare(a.Ingress, b.Ingress),
-		cmp.Compare(a.Ports.First, b.Ports.First),
-		cmp.Compare(a.Ports.Last, b.Ports.Last),
-	)
+func compareDNAT(a, b *DNATRule) int {
+	if c := cmp.Compare(a.Protocol, b.Protocol); c != 0 {
+		return c
+	}
+	if c := a.matchAddress().Compare(b.matchAddress()); c != 0 {
+		return c
+	}
+	if c := cmp.Compare(a.Ingress, b.Ingress); c != 0 {
+		return c
+	}
+	if c := cmp.Compare(a.Ports.First, b.Ports.First); c != 0 {
+		return c
+	}
+	return cmp.Compare(a.Ports.Last, b.Ports.Last)
 }
 
 // AddDNAT adds a rule. One that is there already changes nothing. The error is an
@@ -203,21 +209,22 @@ func (rs *Rules) AddDNAT(r DNATRule) (changed bool, err error) {
 // (or, with no Destination, the one of each family) is found by what it matches alone;
 // without Allow, whatever list it has.
 func (rs *Rules) DeleteDNAT(r DNATRule) (changed bool, err error) {
-	if r.To.IsValid() {
-		allow := r.Allow
-		if r, err = r.normalize(); err != nil {
-			return false, err
-		}
-		if len(allow) == 0 {
-			r.Allow = nil
-		}
-	} else if err := r.checkKey(); err != nil {
+	if r, err = r.normalizeToDelete(); err != nil {
 		return false, err
 	}
 	kept := slices.DeleteFunc(slices.Clone(rs.DNAT), r.means)
 	changed = len(kept) != len(rs.DNAT)
 	rs.DNAT = kept
 	return changed, nil
+}
+
+// normalizeToDelete validates the words of a rule to be deleted.
+func (r DNATRule) normalizeToDelete() (DNATRule, error) {
+	if r.To.IsValid() {
+		return r.normalize()
+	}
+	r.Allow = nil
+	return r, r.checkKey()
 }
 
 // means tells whether r, as given to DeleteDNAT, is meant to be o.

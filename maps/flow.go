@@ -67,9 +67,13 @@ type Flow struct {
 	Original, Reply Tuple
 
 	State   FlowState
-	Ifindex uint32        // the device that the original direction comes in by; 0: any
-	Rule    uint32        // id of the rule that made it; 0: none
-	Out, In Traffic       // of the original direction, of the reply
+	Ifindex uint32  // the device that the original direction comes in by; 0: any
+	Rule    uint32  // id of the rule that made it; 0: none
+	Out, In Traffic // of the original direction, of the reply
+
+	// FastOut and FastIn tell whether the two directions are on the fast path, or why not.
+	FastOut, FastIn Lease
+
 	Idle    time.Duration // since the last packet of either direction
 	Timeout time.Duration // until it ends if no packet comes
 }
@@ -90,13 +94,16 @@ func (s *State) Flows() (flows []Flow, unpaired int, err error) {
 	if err != nil {
 		return nil, 0, err
 	}
-	j := judge{now: stampOf(now), timeouts: raw.Timeout, generations: map[uint32]uint32{}}
+	j := judge{
+		now: stampOf(now), timeouts: raw.Timeout, generations: map[uint32]uint32{},
+		fastPath: FastPath(raw.FastPath),
+	}
 	for key, original := range halves {
 		if original.Role != bpf.NATRoleROLE_ORIGINAL {
 			continue
 		}
 		reply, ok := halves[original.Other]
-		if !ok || reply.Id != original.Id || reply.Role != bpf.NATRoleROLE_REPLY {
+		if !ok || reply.Standing.Id != original.Standing.Id || reply.Role != bpf.NATRoleROLE_REPLY {
 			continue
 		}
 		if err := j.learn(s, original.Rule); err != nil {

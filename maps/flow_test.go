@@ -22,8 +22,10 @@ type pair struct {
 
 // newPair is a flow with a packet each way at a stamp.
 func newPair(id uint32, translation Translation, original, reply Tuple, seen uint32) pair {
-	half := bpf.NATHalf{Id: id, Seen: seen, Translation: bpf.NATTranslation(translation), Packets: 1, Bytes: 100}
+	half := bpf.NATHalf{Seen: seen, Translation: bpf.NATTranslation(translation), Packets: 1, Bytes: 100}
+	half.Standing.Id = id
 	p := pair{key: toTuple(original), original: half, reply: half}
+	p.original.Standing.Life = bpf.NATLifeLIFE_ORIGINAL
 	p.original.Role, p.original.Other = bpf.NATRoleROLE_ORIGINAL, toTuple(reply)
 	p.reply.Role, p.reply.Other = bpf.NATRoleROLE_REPLY, toTuple(original)
 	return p
@@ -93,7 +95,7 @@ func TestFlows(t *testing.T) {
 		t.Fatal(err)
 	}
 	torn := newPair(6, SNAT, tuple(UDP, "172.17.0.4:2", "1.1.1.1:1"), tuple(UDP, "1.1.1.1:1", "203.0.113.2:2"), now)
-	torn.reply.Id = 7
+	torn.reply.Standing.Id = 7
 	torn.put(t, s)
 
 	flows, unpaired, err := s.Flows()
@@ -171,10 +173,10 @@ func TestFlowStatesAndTimeouts(t *testing.T) {
 		"udp published, new":  {DNAT, published, oneWay, FlowNew, timeouts.UDPNew},
 		"icmp new":            {SNAT, ping, oneWay, FlowNew, timeouts.ICMP},
 		"icmp answered":       {SNAT, ping, nil, FlowAnswered, timeouts.ICMP},
-		"marked":              {SNAT, web, func(p *pair) { p.original.Ending = 1 }, FlowEnding, 0},
-		"marked reply":        {SNAT, web, func(p *pair) { p.reply.Ending = 1 }, FlowEnding, 0},
-		"expiring":            {SNAT, web, func(p *pair) { p.reply.Life = bpf.NATLifeLIFE_ENDING }, FlowEnding, 0},
-		"dead":                {SNAT, web, func(p *pair) { p.reply.Life = bpf.NATLifeLIFE_DEAD }, FlowEnding, 0},
+		"marked":              {SNAT, web, func(p *pair) { p.original.Standing.Life = bpf.NATLifeLIFE_ORIGINAL_ENDING }, FlowEnding, 0},
+		"buried":              {SNAT, web, func(p *pair) { p.reply.Standing.Life = bpf.NATLifeLIFE_BURIED }, FlowEnding, 0},
+		"expiring":            {SNAT, web, func(p *pair) { p.reply.Standing.Life = bpf.NATLifeLIFE_ENDING }, FlowEnding, 0},
+		"dead":                {SNAT, web, func(p *pair) { p.reply.Standing.Life = bpf.NATLifeLIFE_DEAD }, FlowEnding, 0},
 		"rule gone":           {SNAT, web, func(p *pair) { p.original.Generation++; p.reply.Generation++ }, FlowEnding, 0},
 		"half flushed":        {SNAT, web, func(p *pair) { p.reply.Generation++ }, FlowEnding, 0},
 		"no such rule": {SNAT, web, func(p *pair) {

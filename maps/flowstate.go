@@ -48,6 +48,7 @@ type judge struct {
 	now         uint32            // stamp
 	timeouts    [8]uint32         // stamps, by NATTimeout
 	generations map[uint32]uint32 // by rule id; an unknown rule has none
+	fastPath    FastPath
 }
 
 // learn reads the generation of a rule, once.
@@ -69,7 +70,7 @@ func (j *judge) learn(s *State, rule uint32) error {
 // flow is the flow that two halves make, key being the original's.
 func (j *judge) flow(key bpf.NATTuple, original, reply bpf.NATHalf) Flow {
 	f := Flow{
-		ID:          original.Id,
+		ID:          original.Standing.Id,
 		Translation: Translation(original.Translation),
 		Original:    fromTuple(key),
 		Reply:       fromTuple(original.Other),
@@ -80,6 +81,7 @@ func (j *judge) flow(key bpf.NATTuple, original, reply bpf.NATHalf) Flow {
 		In:          Traffic{reply.Packets, reply.Bytes},
 		Idle:        stampTime(idle(j.now, original.Seen, reply.Seen)),
 	}
+	f.FastOut, f.FastIn = j.lease(original, f.State), j.lease(reply, f.State)
 	if f.State != FlowEnding {
 		timeout := stampTime(j.timeouts[timeoutOf(f, original.Tcp, reply.Tcp)])
 		f.Timeout = max(0, timeout-f.Idle)
@@ -94,8 +96,8 @@ func (j *judge) state(original, reply bpf.NATHalf) FlowState {
 	both := original.Tcp & reply.Tcp
 
 	switch {
-	case original.Ending|reply.Ending != 0,
-		reply.Life != bpf.NATLifeLIFE_LIVE,
+	case original.Standing.Life != bpf.NATLifeLIFE_ORIGINAL,
+		reply.Standing.Life != bpf.NATLifeLIFE_LIVE,
 		!known, generation != original.Generation, generation != reply.Generation:
 		return FlowEnding
 	case both&bpf.NATTcpSeenTCP_SEEN_FIN != 0, either&bpf.NATTcpSeenTCP_SEEN_RST != 0:

@@ -55,8 +55,8 @@ func (rs Rules) normalize() (Rules, error) {
 }
 
 func (rs Rules) sort() {
-	slices.SortFunc(rs.SNAT, compareSNAT)
-	slices.SortFunc(rs.DNAT, compareDNAT)
+	slices.SortFunc(rs.SNAT, func(a, b SNATRule) int { return compareSNAT(&a, &b) })
+	slices.SortFunc(rs.DNAT, func(a, b DNATRule) int { return compareDNAT(&a, &b) })
 }
 
 // normalizePrefixes validates prefixes of a rule and returns them sorted, each once. family

@@ -1,17 +1,20 @@
 package maps
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
 
 	"github.com/cilium/ebpf"
 
 	"tcnat/bpf"
 )
 
-// ruleSet is one of the two sets of inner maps that hold rules. A set in force is never
-// written: SetRules makes the other one anew and switches.
+// ruleSet is one of the two sets of inner maps that hold rules. SetRules makes the one not in
+// force anew and switches; a kind of rules that stays as it is shares its map with the set
+// before. What one update can do is done in the set in force.
 type ruleSet struct {
 	ports    *ebpf.Map // NATDnatKey -> NATDnatRule
 	ranges   *ebpf.Map // NATDnatRangeKey -> NATDnatRule
@@ -65,27 +68,30 @@ type content struct {
 	sources     []bpf.NATSnatRule
 	prefixKeys  []bpf.NATRulePrefixKey
 	prefixes    []uint8
-	generations map[uint32]uint32
+	generations carried
 }
 
 // newContent lays out rules, which have their ids, with the generations of those.
-func newContent(rules Rules, generations map[uint32]uint32) *content {
-	c := &content{generations: generations}
-	for _, r := range rules.DNAT {
-		c.addDNAT(r)
+func newContent(rules Rules, generations carried) *content {
+	c := &content{
+		portKeys:    make([]bpf.NATDnatKey, 0, len(rules.DNAT)),
+		ports:       make([]bpf.NATDnatRule, 0, len(rules.DNAT)),
+		generations: generations,
 	}
-	for _, r := range rules.SNAT {
+	for i := range rules.DNAT {
+		c.addDNAT(&rules.DNAT[i])
+	}
+	for i := range rules.SNAT {
+		r := &rules.SNAT[i]
 		c.sourceKeys = append(c.sourceKeys, r.mapKey())
-		c.sources = append(c.sources, r.value(generations[r.ID]))
-		for _, p := range r.Except {
-			c.addPrefix(r.ID, p)
-		}
+		c.sources = append(c.sources, r.value(generations.generation(r.ID)))
+		c.addPrefixes(r.ID, r.Except)
 	}
 	return c
 }
 
-func (c *content) addDNAT(r DNATRule) {
-	value := r.value(c.generations[r.ID])
+func (c *content) addDNAT(r *DNATRule) {
+	value := r.value(c.generations.generation(r.ID))
 	if r.Ports.length() == 1 {
 		c.portKeys = append(c.portKeys, r.portKey())
 		c.ports = append(c.ports, value)
@@ -95,127 +101,238 @@ func (c *content) addDNAT(r DNATRule) {
 			c.ranges = append(c.ranges, value)
 		}
 	}
-	for _, p := range r.Allow {
-		c.addPrefix(r.ID, p)
+	c.addPrefixes(r.ID, r.Allow)
+}
+
+func (c *content) addPrefixes(id uint32, list []netip.Prefix) {
+	for _, p := range list {
+		bits, addr := toPrefix(p)
+		c.prefixKeys = append(c.prefixKeys, bpf.NATRulePrefixKey{Prefixlen: 32 + bits, Rule: id, Addr: addr})
+		c.prefixes = append(c.prefixes, 1)
 	}
 }
 
-func (c *content) addPrefix(id uint32, p netip.Prefix) {
-	bits, addr := toPrefix(p)
-	c.prefixKeys = append(c.prefixKeys, bpf.NATRulePrefixKey{Prefixlen: 32 + bits, Rule: id, Addr: addr})
-	c.prefixes = append(c.prefixes, 1)
+// kinds is what config.rules says of the content: which kinds of rules there are.
+func (c *content) kinds() (kinds rulesWord) {
+	for i := range c.portKeys {
+		kinds |= portKind(&c.portKeys[i])
+	}
+	for i := range c.rangeKeys {
+		kinds |= rangeKind(&c.rangeKeys[i])
+	}
+	for i := range c.sourceKeys {
+		kinds |= sourceKind(&c.sourceKeys[i])
+	}
+	return kinds
 }
 
-// fill makes new inner maps with the content and puts them into a slot. On an error the
-// slot may hold some of them; it must not be the one in force.
-func (s *State) fill(slot uint32, c *content) error {
-	sizes := []int{len(c.portKeys), len(c.rangeKeys), len(c.sourceKeys), len(c.prefixKeys)}
+func portKind(k *bpf.NATDnatKey) rulesWord {
+	return rulesWord(bpf.NATRulesWordRULES_DNAT_PORTS) << dnatKind(k.Dst, k.Ifindex)
+}
 
-	template, err := s.openSet(slot)
+func rangeKind(k *bpf.NATDnatRangeKey) rulesWord {
+	return rulesWord(bpf.NATRulesWordRULES_DNAT_RANGES) << dnatKind(k.Dst, k.Ifindex)
+}
+
+func sourceKind(k *bpf.NATSnatKey) rulesWord {
+	if k.Ifindex == 0 {
+		return 0
+	}
+	return rulesWord(bpf.NATRulesWordRULES_SNAT_DEVICE)
+}
+
+// The destinations of rules for every address of the host.
+var anyDestination = [2]bpf.NATAddr{toAddr(anyIPv4), toAddr(anyIPv6)}
+
+func dnatKind(dst bpf.NATAddr, ifindex uint32) bpf.NATDnatKind {
+	any := dst == anyDestination[0] || dst == anyDestination[1]
+	switch {
+	case any && ifindex != 0:
+		return bpf.NATDnatKindDNAT_ANY_DEVICE
+	case any:
+		return bpf.NATDnatKindDNAT_ANY
+	case ifindex != 0:
+		return bpf.NATDnatKindDNAT_ADDRESS_DEVICE
+	}
+	return bpf.NATDnatKindDNAT_ADDRESS
+}
+
+// elements are the numbers of elements, by outers.
+func (c *content) elements() [4]int {
+	return [4]int{len(c.portKeys), len(c.rangeKeys), len(c.sourceKeys), len(c.prefixKeys)}
+}
+
+// sameElements tells, by outers, where two contents are the same.
+func (c *content) sameElements(o *content) [4]bool {
+	return [4]bool{
+		slices.Equal(c.portKeys, o.portKeys) && slices.Equal(c.ports, o.ports),
+		slices.Equal(c.rangeKeys, o.rangeKeys) && slices.Equal(c.ranges, o.ranges),
+		slices.Equal(c.sourceKeys, o.sourceKeys) && slices.Equal(c.sources, o.sources),
+		slices.Equal(c.prefixKeys, o.prefixKeys),
+	}
+}
+
+// fill puts the content into a slot, which must not be the one in force: have is. Where they
+// are the same, and there is room for more, the slot gets the map in force, else one that is made
+// for it. On an error the slot may hold some of the content.
+func (s *State) fill(slot uint32, have slotRules, c *content) error {
+	current, err := s.openSet(have.slot)
 	if err != nil {
 		return err
 	}
-	defer template.Close()
+	defer current.Close()
 
-	set := &ruleSet{}
-	defer set.Close()
-	for i, o := range s.outers() {
-		if *o.set(set), err = newInner(o.name, *o.set(template), sizes[i]); err != nil {
-			return fmt.Errorf("make %s for %d elements: %w", o.name, sizes[i], err)
+	// An inner map with more elements than the rules tell of has what a killed call left.
+	old := newContent(have.rules, have.generations)
+	sizes, was, same := c.elements(), old.elements(), c.sameElements(old)
+	fresh := &ruleSet{}
+	defer fresh.Close()
+	outers := s.outers()
+	tasks := make([]func() error, 0, 2*len(outers))
+	for i, o := range outers {
+		inner := *o.set(current)
+		roomy := int(inner.MaxEntries()) >= sizes[i]+innerRoom/2
+		if !same[i] || have.elements[i] != was[i] || !roomy {
+			if inner, err = newInner(o.name, inner, sizes[i]); err != nil {
+				return fmt.Errorf("make %s for %d elements: %w", o.name, sizes[i], err)
+			}
+			*o.set(fresh) = inner
+		} else if shared, err := o.shared(); err != nil {
+			return err
+		} else if shared {
+			continue
+		}
+		tasks = append(tasks, func() error {
+			if err := o.maps.Put(slot, inner); err != nil {
+				return fmt.Errorf("put %s into rule set %d: %w", o.name, slot, err)
+			}
+			return nil
+		})
+	}
+	// A slot that is not in force may be filled after its maps are in it. Putting one there
+	// waits until no program reads the one before; meanwhile all else can be done.
+	return together(append(tasks, fresh.writes(c)...))
+}
+
+// together runs tasks at the same time.
+func together(tasks []func() error) error {
+	errs := make([]error, len(tasks))
+	var wait sync.WaitGroup
+	for i, task := range tasks {
+		wait.Go(func() { errs[i] = task() })
+	}
+	wait.Wait()
+	return errors.Join(errs...)
+}
+
+// shared tells whether both slots have the same inner map.
+func (o outer) shared() (bool, error) {
+	var ids [2]ebpf.MapID
+
+	for slot := range ids {
+		if err := o.maps.Lookup(uint32(slot), &ids[slot]); err != nil {
+			return false, fmt.Errorf("read %s of rule set %d: %w", o.name, slot, err)
 		}
 	}
-	if err := set.write(c); err != nil {
-		return err
+	return ids[0] == ids[1], nil
+}
+
+// writes are what fills the maps that there are.
+func (set *ruleSet) writes(c *content) []func() error {
+	half := len(c.portKeys) / 2 // the largest map is written by two at once
+	return []func() error{
+		func() error { return named("published ports", writeAll(set.ports, c.portKeys[:half], c.ports[:half])) },
+		func() error { return named("published ports", writeAll(set.ports, c.portKeys[half:], c.ports[half:])) },
+		func() error { return named("published port ranges", writeAll(set.ranges, c.rangeKeys, c.ranges)) },
+		func() error { return named("SNAT rules", writeAll(set.sources, c.sourceKeys, c.sources)) },
+		func() error { return named("the rules' prefixes", writeAll(set.prefixes, c.prefixKeys, c.prefixes)) },
 	}
-	for _, o := range s.outers() {
-		if err := o.maps.Put(slot, *o.set(set)); err != nil {
-			return fmt.Errorf("put %s into rule set %d: %w", o.name, slot, err)
-		}
+}
+
+// named says what could not be written.
+func named(what string, err error) error {
+	if err != nil {
+		return fmt.Errorf("write %s: %w", what, err)
 	}
 	return nil
 }
 
-func (set *ruleSet) write(c *content) error {
-	if err := writeAll(set.ports, c.portKeys, c.ports); err != nil {
-		return fmt.Errorf("write published ports: %w", err)
-	}
-	if err := writeAll(set.ranges, c.rangeKeys, c.ranges); err != nil {
-		return fmt.Errorf("write published port ranges: %w", err)
-	}
-	if err := writeAll(set.sources, c.sourceKeys, c.sources); err != nil {
-		return fmt.Errorf("write SNAT rules: %w", err)
-	}
-	if err := writeAll(set.prefixes, c.prefixKeys, c.prefixes); err != nil {
-		return fmt.Errorf("write the rules' prefixes: %w", err)
-	}
-	return nil
-}
+// innerRoom is how many elements more than it has an inner map can take at least, one by one.
+const innerRoom = 1024
 
-// newInner makes an inner map of the template's kind with room for n elements.
+// newInner makes an inner map of the template's kind for n elements and some more.
 func newInner(name string, template *ebpf.Map, n int) (*ebpf.Map, error) {
+	room := max(innerRoom, n/4)
 	return ebpf.NewMap(&ebpf.MapSpec{
 		Name:       name,
 		Type:       template.Type(),
 		KeySize:    template.KeySize(),
 		ValueSize:  template.ValueSize(),
 		Flags:      template.Flags(),
-		MaxEntries: uint32(max(n, 1)),
+		MaxEntries: uint32(n + room),
 	})
 }
 
 // read returns the rules of the set, sorted, and the generation that each id carries.
-func (set *ruleSet) read() (Rules, map[uint32]uint32, error) {
+func (set *ruleSet) read() (slotRules, error) {
 	var (
-		rules       Rules
-		generations = map[uint32]uint32{}
-		bad         error
+		out   slotRules
+		rules = &out.rules
+		bad   error
 	)
+	// Most of what a map has room for is there.
+	rules.DNAT = make([]DNATRule, 0, set.ports.MaxEntries())
+	out.generations = make(carried, 0, set.ports.MaxEntries())
 	err := readAll(set.ports, func(k bpf.NATDnatKey, v bpf.NATDnatRule) {
 		rules.DNAT = append(rules.DNAT, dnatFromValue(k.Dst, k.Ifindex, k.Proto, v))
-		generations[v.Id] = v.Generation
+		out.generations.set(v.Id, v.Generation)
+		out.elements[0]++
 	})
 	if err != nil {
-		return Rules{}, nil, fmt.Errorf("read published ports: %w", err)
+		return slotRules{}, fmt.Errorf("read published ports: %w", err)
 	}
 	err = readAll(set.ranges, func(k bpf.NATDnatRangeKey, v bpf.NATDnatRule) {
-		if _, seen := generations[v.Id]; seen {
+		out.elements[1]++
+		if out.generations.has(v.Id) {
 			return // another prefix of the same range
 		}
 		rules.DNAT = append(rules.DNAT, dnatFromValue(k.Dst, k.Ifindex, k.Proto, v))
-		generations[v.Id] = v.Generation
+		out.generations.set(v.Id, v.Generation)
 	})
 	if err != nil {
-		return Rules{}, nil, fmt.Errorf("read published port ranges: %w", err)
+		return slotRules{}, fmt.Errorf("read published port ranges: %w", err)
 	}
 	err = readAll(set.sources, func(k bpf.NATSnatKey, v bpf.NATSnatRule) {
+		out.elements[2]++
 		r, err := snatFromValue(k, v)
 		if err != nil {
 			bad = err
 			return
 		}
 		rules.SNAT = append(rules.SNAT, r)
-		generations[v.Id] = v.Generation
+		out.generations.set(v.Id, v.Generation)
 	})
 	if err == nil {
 		err = bad
 	}
 	if err != nil {
-		return Rules{}, nil, fmt.Errorf("read SNAT rules: %w", err)
+		return slotRules{}, fmt.Errorf("read SNAT rules: %w", err)
 	}
-	if err := set.readPrefixes(rules); err != nil {
-		return Rules{}, nil, fmt.Errorf("read the rules' prefixes: %w", err)
+	if out.elements[3], err = set.readPrefixes(*rules); err != nil {
+		return slotRules{}, fmt.Errorf("read the rules' prefixes: %w", err)
 	}
 	rules.sort()
-	return rules, generations, nil
+	return out, nil
 }
 
-// readPrefixes gives each of the rules its allow or except list.
-func (set *ruleSet) readPrefixes(rules Rules) error {
+// readPrefixes gives each of the rules its allow or except list and counts the elements.
+func (set *ruleSet) readPrefixes(rules Rules) (elements int, err error) {
 	var (
 		lists = map[uint32][]netip.Prefix{}
 		bad   error
 	)
-	err := readAll(set.prefixes, func(k bpf.NATRulePrefixKey, _ uint8) {
+	err = readAll(set.prefixes, func(k bpf.NATRulePrefixKey, _ uint8) {
+		elements++
 		p, err := fromPrefix(k.Prefixlen-32, k.Addr)
 		if err != nil {
 			bad = err
@@ -226,19 +343,19 @@ func (set *ruleSet) readPrefixes(rules Rules) error {
 	if err == nil {
 		err = bad
 	}
-	if err != nil {
-		return err
+	if err != nil || elements == 0 {
+		return 0, err
 	}
 	for _, list := range lists {
 		slices.SortFunc(list, comparePrefix)
 	}
-	for i, r := range rules.DNAT {
-		rules.DNAT[i].Allow = lists[r.ID]
+	for i := range rules.DNAT {
+		rules.DNAT[i].Allow = lists[rules.DNAT[i].ID]
 	}
-	for i, r := range rules.SNAT {
-		rules.SNAT[i].Except = lists[r.ID]
+	for i := range rules.SNAT {
+		rules.SNAT[i].Except = lists[rules.SNAT[i].ID]
 	}
-	return nil
+	return elements, nil
 }
 
 // equalRules tells whether two normalized sets are the same to the last word.

@@ -221,13 +221,10 @@ func TestNewRuleTakesCurrentGeneration(t *testing.T) {
 	s := newState(t)
 	for range 5 {
 		rules := set(t, s, Rules{DNAT: []DNATRule{dnat()}})
-		_, carried, err := s.readSlot(must[uint32](t)(s.slotInForce()))
-		if err != nil {
-			t.Fatal(err)
-		}
+		carried := must[slotRules](t)(s.readSlot(must[uint32](t)(s.slotInForce()))).generations
 		id := rules.DNAT[0].ID
-		if now := must[uint32](t)(s.generation(id)); carried[id] != now {
-			t.Errorf("rule %d carries generation %d, current is %d", id, carried[id], now)
+		if now := must[uint32](t)(s.generation(id)); carried.generation(id) != now {
+			t.Errorf("rule %d carries generation %d, current is %d", id, carried.generation(id), now)
 		}
 		set(t, s, Rules{})
 	}
@@ -236,17 +233,31 @@ func TestNewRuleTakesCurrentGeneration(t *testing.T) {
 	}
 }
 
+// other puts rules, of generation 0, into the slot that is not in force.
+func other(t *testing.T, s *State, rules Rules) *content {
+	t.Helper()
+
+	have := must[slotRules](t)(s.readSlot(must[uint32](t)(s.slotInForce())))
+	var generations carried
+	for _, id := range rules.ids() {
+		generations.set(id, 0)
+	}
+	content := newContent(rules, generations)
+	if err := s.fill(1-have.slot, have, content); err != nil {
+		t.Fatal(err)
+	}
+	return content
+}
+
 // A SetRules that is killed after the switch leaves flows of rules that are gone; the next
 // one ends them, also when it has nothing else to do.
 func TestKilledAfterSwitch(t *testing.T) {
 	s := newState(t)
 	old := set(t, s, Rules{DNAT: []DNATRule{dnat()}}).DNAT[0]
 	rules := Rules{DNAT: []DNATRule{dnat(func(r *DNATRule) { r.ID, r.Ports = 2, SinglePort(1) })}}
-	slot := 1 - must[uint32](t)(s.slotInForce())
-	if err := s.fill(slot, newContent(rules, map[uint32]uint32{2: 0})); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.switchRules(slot); err != nil {
+	content := other(t, s, rules)
+	word := must[rulesWord](t)(s.word())
+	if err := s.switchRules(word, content.kinds()|rulesWord(1-word.slot())|wordSwitched); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {
@@ -261,11 +272,7 @@ func TestKilledAfterSwitch(t *testing.T) {
 func TestKilledBeforeSwitch(t *testing.T) {
 	s := newState(t)
 	want := set(t, s, sample())
-	slot := 1 - must[uint32](t)(s.slotInForce())
-	rules := Rules{DNAT: []DNATRule{dnat(func(r *DNATRule) { r.ID, r.Ports = 100, SinglePort(1) })}}
-	if err := s.fill(slot, newContent(rules, map[uint32]uint32{100: 0})); err != nil {
-		t.Fatal(err)
-	}
+	other(t, s, Rules{DNAT: []DNATRule{dnat(func(r *DNATRule) { r.ID, r.Ports = 100, SinglePort(1) })}})
 	if d := diff(want, must[Rules](t)(s.Rules())); d != "" {
 		t.Error(d)
 	}

@@ -147,7 +147,7 @@ func (r SNATRule) clash(o SNATRule) error {
 	return faultf(ErrRuleOverlap, "%s: overlaps with %s: delete that rule first", r, o)
 }
 
-func compareSNAT(a, b SNATRule) int {
+func compareSNAT(a, b *SNATRule) int {
 	return cmp.Or(comparePrefix(a.Source, b.Source), cmp.Compare(a.Uplink, b.Uplink))
 }
 
@@ -180,23 +180,36 @@ func (rs *Rules) AddSNAT(r SNATRule) (changed bool, err error) {
 // neither Masquerade nor ToFirst, the rule is found by source and uplink alone; without
 // Except, whatever list it has.
 func (rs *Rules) DeleteSNAT(r SNATRule) (changed bool, err error) {
-	byKey := !r.Masquerade && !r.ToFirst.IsValid()
-	if byKey {
-		if err := checkPrefix(r.Source); err != nil {
-			return false, invalid("source %s", err)
-		}
-	} else if r, err = r.normalize(); err != nil {
+	if r, err = r.normalizeToDelete(); err != nil {
 		return false, err
 	}
-	kept := slices.DeleteFunc(slices.Clone(rs.SNAT), func(o SNATRule) bool {
-		if len(r.Except) == 0 {
-			o.Except = nil
-		}
-		return r.key() == o.key() && (byKey || r.same(o))
-	})
+	kept := slices.DeleteFunc(slices.Clone(rs.SNAT), r.means)
 	changed = len(kept) != len(rs.SNAT)
 	rs.SNAT = kept
 	return changed, nil
+}
+
+// normalizeToDelete validates the words of a rule to be deleted.
+func (r SNATRule) normalizeToDelete() (SNATRule, error) {
+	if r.named() {
+		if err := checkPrefix(r.Source); err != nil {
+			return r, invalid("source %s", err)
+		}
+		r.Except = nil
+		return r, nil
+	}
+	return r.normalize()
+}
+
+// named tells whether r, as given to DeleteSNAT, is found by source and uplink alone.
+func (r SNATRule) named() bool { return !r.Masquerade && !r.ToFirst.IsValid() }
+
+// means tells whether r, as given to DeleteSNAT, is meant to be o.
+func (r SNATRule) means(o SNATRule) bool {
+	if len(r.Except) == 0 {
+		o.Except = nil
+	}
+	return r.key() == o.key() && (r.named() || r.same(o))
 }
 
 // mapKey is the rule's key in the trie.

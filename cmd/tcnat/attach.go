@@ -87,6 +87,8 @@ type attachWords struct {
 	isolate      bool
 	allowDirect  bool
 	unmanaged    once[bool]
+	fastPath     once[loader.FastPath]
+	mark         once[uint8]
 }
 
 func (w *attachWords) bind(cmd *cobra.Command) {
@@ -94,14 +96,19 @@ func (w *attachWords) bind(cmd *cobra.Command) {
 	bindMany(fs, &w.bridges, "bridge", "", "IF", "the container bridge IF; repeats", parseDevice)
 	bindMany(fs, &w.uplinks, "uplink", "", "IF", "the device IF by which containers' traffic leaves the host; repeats", parseDevice)
 	fs.BoolVar(&w.noMasquerade, "no-masquerade", false, "add no rules: what no rule translates keeps its address")
-	bindOnce(fs, &w.maxFlows, "max-flows", "", "N", "room for N flows (default 262144)", parseMaxFlows)
+	bindOnce(fs, &w.maxFlows, "max-flows", "", "N", "room for N flows (default 131072)", parseMaxFlows)
 	fs.BoolVar(&w.isolate, "isolate", true, "keep managed bridges apart from each other")
 	fs.BoolVar(&w.allowDirect, "allow-direct", false, "let the world reach containers by their own addresses")
 	bindOnce(fs, &w.unmanaged, "unmanaged-devices", "", "drop|pass",
 		"what containers send by a device without programs: drop|pass (default drop)",
 		word("unmanaged-devices", map[string]bool{"drop": false, "pass": true}, "drop", "pass"))
-	bindUnbuilt(fs, "fast-path", "max-new", "max-flows-per-source", "internal", "filtering", "protocols", "mark", "cgroup")
+	bindOnce(fs, &w.fastPath, "fast-path", "", "WHO",
+		"WHO may pass by the host's stack: auto, established, always, off (default auto: established where no connections are tracked, else off)",
+		word("fast-path", fastPathWords(), "auto", "established", "always", "off"))
+	bindOnce(fs, &w.mark, "mark", "", "BIT", fmt.Sprintf("the BIT of the packet mark that the fast path uses, 0 to 31 (default %d)", loader.DefaultMark), parseMark)
+	bindUnbuilt(fs, "max-new", "max-flows-per-source", "internal", "filtering", "protocols", "cgroup")
 	completeDevices(cmd, "bridge", "uplink")
+	completeWords(cmd, "fast-path", "auto", "established", "always", "off")
 	completeWords(cmd, "unmanaged-devices", "drop", "pass")
 }
 
@@ -113,7 +120,7 @@ func (w *attachWords) options() (loader.AttachOptions, error) {
 			}
 		}
 	}
-	return loader.AttachOptions{
+	options := loader.AttachOptions{
 		Bridges:       w.bridges.values,
 		Uplinks:       w.uplinks.values,
 		Mode:          w.mode.value,
@@ -122,7 +129,29 @@ func (w *attachWords) options() (loader.AttachOptions, error) {
 		AllowDirect:   w.allowDirect,
 		NoIsolation:   !w.isolate,
 		PassUnmanaged: w.unmanaged.value,
-	}, nil
+		FastPath:      w.fastPath.value,
+	}
+	if w.mark.isSet {
+		options.Mark = &w.mark.value
+	}
+	return options, nil
+}
+
+func fastPathWords() map[string]loader.FastPath {
+	words := make(map[string]loader.FastPath)
+	for _, fast := range []loader.FastPath{loader.FastPathAuto, loader.FastPathEstablished, loader.FastPathAlways, loader.FastPathOff} {
+		words[fast.String()] = fast
+	}
+	return words
+}
+
+// parseMark reads which bit of the packet mark is ours.
+func parseMark(text string) (uint8, error) {
+	bit, err := strconv.ParseUint(text, 10, 8)
+	if err != nil || bit > 31 {
+		return 0, fmt.Errorf("--mark %s: takes a bit's number, 0 to 31", quoteEmpty(text))
+	}
+	return uint8(bit), nil
 }
 
 // parseMaxFlows reads how many flows the tables are made for.
@@ -144,12 +173,31 @@ func (e *env) printAttached(status *loader.Status) {
 	for _, device := range status.Devices {
 		fmt.Fprintf(e.stdout, "%s %s: attached (%s)\n", device.Class, device.Name, device.Attach)
 	}
+	if ports := attachedPorts(status); ports > 0 {
+		fmt.Fprintf(e.stdout, "%s: attached\n", count(ports, "port"))
+	}
+	fmt.Fprintf(e.stdout, "fast path: %s\n", fastPathText(status))
 	for _, problem := range status.Problems {
 		e.warnf("%s", problem)
 	}
 	if len(namesOf(status, maps.Uplink)) == 0 {
 		e.warnf("no uplink is attached, so containers reach nothing outside: attach --uplink the device that leads there")
 	}
+}
+
+func attachedPorts(status *loader.Status) int {
+	n := 0
+	for _, port := range status.Ports {
+		if port.Ingress.ID != 0 {
+			n++
+		}
+	}
+	return n
+}
+
+// fastPathText is the fast path in force, and why it is that one.
+func fastPathText(status *loader.Status) string {
+	return fmt.Sprintf("%s: %s", status.FastPath.Mode, status.FastPath.Reason)
 }
 
 // namesOf are those of the attached devices of a class that are still there.

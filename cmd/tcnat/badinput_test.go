@@ -48,7 +48,7 @@ func TestBadInputAttached(t *testing.T) {
 		{"attach --bridge br9 --uplink eth0", 1, "attach: bridge br9: no such device " + have},
 		{"attach --bridge eth0 --uplink docker0", 1, "attach: bridge eth0: unsuitable device: it is no bridge but a veth: name the bridge that the containers are on"},
 		{"attach --bridge docker0 --uplink vethc1", 1, "attach: uplink vethc1: unsuitable device: it is a port of bridge docker0: name that one"},
-		{"attach --bridge docker0 --uplink eth0 --fast-path always", 2, "attach: --fast-path: not built yet"},
+		{"attach --bridge docker0 --uplink eth0 --fast-path often", 2, "attach: --fast-path often: takes auto, established, always, off"},
 		{"snat add -s 172.17.0.0/33 --masquerade", 2, "snat add: 172.17.0.0/33: prefix length 33 is over 32"},
 		{"snat add -s 172.17.0.0/16 -o eth9 --masquerade", 1, "snat add: -o eth9: no such device " + have},
 		{"snat add -s 172.17.0.0/16 -o ifindex:99 --masquerade", 1, "snat add: -o ifindex:99: no such device (have: docker0, eth0, vethc1)"},

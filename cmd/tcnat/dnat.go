@@ -71,27 +71,25 @@ func bindDNATVerb(e *env, cmd *cobra.Command, whole bool, verb func(maps.DNATRul
 }
 
 func (e *env) addDNAT(rule maps.DNATRule) error {
-	return e.write(func(datapath *loader.Datapath) error {
+	return e.writeRules("already there", func(state *maps.State) (bool, error) {
 		have, err := listDevices()
 		if err != nil {
-			return err
+			return false, err
 		}
-		if err := checkTarget(datapath.State(), have, rule.To); err != nil {
-			return err
+		if err := checkTarget(state, have, rule.To); err != nil {
+			return false, err
 		}
 		if rule.Ingress != 0 {
-			if err := e.checkAttached(datapath.State(), have, "-i", rule.Ingress); err != nil {
-				return err
+			if err := e.checkAttached(state, have, "-i", rule.Ingress); err != nil {
+				return false, err
 			}
 		}
-		return e.changeRules(datapath, "already there", func(rules *maps.Rules) (bool, error) { return rules.AddDNAT(rule) })
+		return state.AddDNAT(rule)
 	})
 }
 
 func (e *env) deleteDNAT(rule maps.DNATRule) error {
-	return e.write(func(datapath *loader.Datapath) error {
-		return e.changeRules(datapath, "not there", func(rules *maps.Rules) (bool, error) { return rules.DeleteDNAT(rule) })
-	})
+	return e.writeRules("not there", func(state *maps.State) (bool, error) { return state.DeleteDNAT(rule) })
 }
 
 // checkTarget refuses a DNAT target that no managed bridge has on its subnet: it would

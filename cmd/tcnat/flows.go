@@ -19,7 +19,11 @@ func newFlows(e *env) *cobra.Command {
 		Use:   "list [flags]",
 		Short: "list flows",
 		Long: `Lists the flows: who talks to whom, how it is translated, what each direction has
-carried, and how long the flow has left when nothing more comes.`,
+carried, and how long the flow has left when nothing more comes.
+
+FAST says which directions take the fast path: both, out, in; or why not: idle (no packet in the
+last second), slow (not yet), handshake, closing, device (one on the way may not: see status),
+protocol (TCP and UDP alone can), no-room, off.`,
 		Example: "  tcnat flows list\n  tcnat flows list -p tcp --container 172.17.0.2\n  tcnat flows list --dport 443 -o json",
 		Args:    noArgs,
 		RunE: e.inNetns(func(*cobra.Command) error {
@@ -115,6 +119,8 @@ type flowEntry struct {
 	Rule        uint32       `json:"rule,omitempty"`
 	Out         trafficEntry `json:"out"`
 	In          trafficEntry `json:"in"`
+	FastOut     string       `json:"fast_out"`
+	FastIn      string       `json:"fast_in"`
 	IdleSeconds float64      `json:"idle_seconds"`
 	LeftSeconds float64      `json:"left_seconds"`
 }
@@ -152,11 +158,11 @@ func (e *env) printFlows(flows []maps.Flow, have devices, asJSON bool) error {
 		}
 		return writeJSON(e.stdout, entries)
 	}
-	rows := table{heads: []string{"PROTO", "TRANSLATION", "STATE", "ORIGINAL", "REPLY", "OUT", "IN", "IDLE", "LEFT"}}
+	rows := table{heads: []string{"PROTO", "TRANSLATION", "STATE", "ORIGINAL", "REPLY", "OUT", "IN", "FAST", "IDLE", "LEFT"}}
 	for _, flow := range flows {
 		rows.add(flow.Original.Protocol.String(), flow.Translation.String(), flow.State.String(),
 			tupleText(flow.Original), tupleText(flow.Reply),
-			trafficText(flow.Out), trafficText(flow.In), shortDuration(flow.Idle), shortDuration(flow.Timeout))
+			trafficText(flow.Out), trafficText(flow.In), fastText(flow), shortDuration(flow.Idle), shortDuration(flow.Timeout))
 	}
 	return rows.write(e.stdout)
 }
@@ -172,6 +178,8 @@ func newFlowEntry(flow maps.Flow, have devices) flowEntry {
 		Rule:        flow.Rule,
 		Out:         trafficEntry(flow.Out),
 		In:          trafficEntry(flow.In),
+		FastOut:     flow.FastOut.String(),
+		FastIn:      flow.FastIn.String(),
 		IdleSeconds: flow.Idle.Round(time.Millisecond).Seconds(),
 		LeftSeconds: flow.Timeout.Round(time.Millisecond).Seconds(),
 	}
@@ -201,6 +209,23 @@ func tupleText(tuple maps.Tuple) string {
 
 func trafficText(traffic maps.Traffic) string {
 	return fmt.Sprintf("%d/%s", traffic.Packets, bytesText(traffic.Bytes))
+}
+
+// fastText says which directions of a flow are on the fast path: both, the original one (out), the
+// reply (in), or why neither is.
+func fastText(flow maps.Flow) string {
+	out, in := flow.FastOut == maps.LeaseFast, flow.FastIn == maps.LeaseFast
+	switch {
+	case out && in:
+		return "both"
+	case out:
+		return "out"
+	case in:
+		return "in"
+	case flow.FastOut == flow.FastIn:
+		return flow.FastOut.String()
+	}
+	return flow.FastOut.String() + "/" + flow.FastIn.String()
 }
 
 // bytesText is a number of bytes for people: three digits and a binary unit.

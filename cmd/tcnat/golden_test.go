@@ -58,6 +58,7 @@ func goldenFlows() []maps.Flow {
 			Original: maps.Tuple{Protocol: maps.TCP, Src: end("172.17.0.2:40000"), Dst: end("1.1.1.1:443")},
 			Reply:    maps.Tuple{Protocol: maps.TCP, Src: end("1.1.1.1:443"), Dst: end("203.0.113.2:40000")},
 			Out:      maps.Traffic{Packets: 12, Bytes: 999}, In: maps.Traffic{Packets: 3456, Bytes: 5_000_000},
+			FastOut: maps.LeaseFast, FastIn: maps.LeaseIdle,
 			Idle: 1500 * time.Millisecond, Timeout: 2*time.Hour + 3*time.Minute + 58500*time.Millisecond,
 		},
 		{
@@ -65,12 +66,14 @@ func goldenFlows() []maps.Flow {
 			Original: maps.Tuple{Protocol: maps.TCP, Src: end("[2001:db8:51::2]:50000"), Dst: end("[2001:db8:113::2]:80")},
 			Reply:    maps.Tuple{Protocol: maps.TCP, Src: end("[fd00:17::2]:8080"), Dst: end("[2001:db8:51::2]:50000")},
 			Out:      maps.Traffic{Packets: 1, Bytes: 80}, Timeout: 4 * time.Minute,
+			FastOut: maps.LeaseHandshake, FastIn: maps.LeaseHandshake,
 		},
 		{
 			ID: 13, Translation: maps.SNAT, State: maps.FlowAnswered, Ifindex: 2, Rule: 1,
 			Original: maps.Tuple{Protocol: maps.ICMP, Src: end("172.17.0.2:77"), Dst: end("1.1.1.1:0")},
 			Reply:    maps.Tuple{Protocol: maps.ICMP, Src: end("1.1.1.1:0"), Dst: end("203.0.113.2:77")},
 			Out:      maps.Traffic{Packets: 1, Bytes: 98}, In: maps.Traffic{Packets: 1, Bytes: 98},
+			FastOut: maps.LeaseProtocol, FastIn: maps.LeaseProtocol,
 			Idle: 20 * time.Second, Timeout: 40 * time.Second,
 		},
 	}
@@ -93,7 +96,19 @@ func goldenReport() *report {
 	return &report{
 		Status: loader.Status{
 			Instance: "default", Pins: "/sys/fs/bpf/tcnat/default/v1", Live: true, NetnsCookie: 4711,
-			Config: maps.Config{Live: true, NetnsCookie: 4711, MaxFlows: 262144, Timeouts: maps.DefaultTimeouts()},
+			Config:   maps.Config{Live: true, NetnsCookie: 4711, MaxFlows: 262144, Timeouts: maps.DefaultTimeouts(), FastPath: maps.FastPathEstablished, Mark: 1 << 12},
+			FastPath: loader.FastPathStatus{Mode: maps.FastPathEstablished, Reason: "no connections are tracked", Granted: 2, Redirected: 3456},
+			Ports: []loader.PortStatus{
+				{
+					Name: "veth1", Ifindex: 5, Bridge: "docker0", Attach: maps.AttachTCX, Peer: true,
+					MAC: maps.MAC{2, 0x42, 0xac, 0x11, 0, 2}, Ingress: hook("from_port", 65, "74d8fddcc940061f"),
+				},
+				{
+					Name: "veth2", Ifindex: 6, Bridge: "docker0", Attach: maps.AttachClsact, NoPeer: "its egress has the qdisc tbf",
+					MAC: maps.MAC{2, 0x42, 0xac, 0x11, 0, 3}, Ingress: hook("from_port", 65, "74d8fddcc940061f"),
+				},
+				{Name: "veth3", Ifindex: 7, Bridge: "docker0", Slow: "it has no program: run tcnat attach again"},
+			},
 			Devices: []loader.DeviceStatus{
 				{
 					Name: "docker0", Ifindex: 2, Class: maps.Bridge, Attach: maps.AttachTCX,
@@ -101,13 +116,14 @@ func goldenReport() *report {
 				},
 				{
 					Name: "eth0", Ifindex: 3, Class: maps.Uplink, Attach: maps.AttachClsact,
+					Slow:    "packets would go past clsact meter, clsact shaper",
 					Ingress: fromUplink, Egress: loader.HookStatus{Program: "to_uplink", Pinned: 64},
 				},
 			},
 			Unmanaged: []loader.UnmanagedDevice{{Name: "wg0", Ifindex: 9, Packets: 12}},
 			Problems:  []string{"uplink eth0 egress has no program: run tcnat attach again"},
 		},
-		snat: 1, dnat: 2, flows: 3, mappings: 1,
+		snat: 1, dnat: 2, usage: maps.Usage{Flows: 3, Mappings: 1, FastOut: 1},
 		expiry: maps.ExpiryStats{LastTick: 1700 * time.Millisecond, Ticks: 1234, Longest: 380 * time.Microsecond, Checked: 99},
 		counters: []maps.Count{
 			{Name: "fragment", Text: "A fragment came.", Drop: true},

@@ -92,9 +92,9 @@ to stay running.`,
 	}
 	root.AddCommand(
 		newAttach(e), newLoad(e), newDetach(e), newStatus(e),
-		newSNAT(e), newDNAT(e), newFlows(e), newFeatures(e), newLab(e),
+		newSNAT(e), newDNAT(e), newFlows(e), newFeatures(e), newLab(e), newBench(e),
 	)
-	root.AddCommand(newUnbuilt("apply", "export", "import", "explain", "trace", "agent", "bench")...)
+	root.AddCommand(newUnbuilt("apply", "export", "import", "explain", "trace", "agent")...)
 	finish(root)
 	return root
 }

@@ -10,22 +10,16 @@ import (
 	"tcnat/maps"
 )
 
-// changeRules changes the rules in force, all at once or not at all. unchanged is what to
-// say when there was nothing to do: that is done, not failed.
-func (e *env) changeRules(datapath *loader.Datapath, unchanged string, change func(*maps.Rules) (bool, error)) error {
-	rules, err := datapath.State().Rules()
-	if err != nil {
+// writeRules runs work on the attached instance with its lock held, for a change of a rule. unchanged
+// is what to say when there was nothing to do: that is done, not failed.
+func (e *env) writeRules(unchanged string, work func(*maps.State) (changed bool, err error)) error {
+	return e.with(loader.OpenRules, func(datapath *loader.Datapath) error {
+		changed, err := work(datapath.State())
+		if err == nil && !changed {
+			e.notef("%s: nothing changed", unchanged)
+		}
 		return err
-	}
-	changed, err := change(&rules)
-	if err != nil {
-		return err
-	}
-	if !changed {
-		e.notef("%s: nothing changed", unchanged)
-		return nil
-	}
-	return datapath.State().SetRules(rules)
+	})
 }
 
 // checkAttached refuses a device that is not there, and tells of one without programs: a rule
@@ -40,6 +34,9 @@ func (e *env) checkAttached(state *maps.State, have devices, flag string, ifinde
 	}
 	var names []string
 	for _, device := range attached {
+		if device.Class == maps.Port {
+			continue // no rule is about a port: its packets are the bridge's
+		}
 		if device.Ifindex == ifindex {
 			return nil
 		}

@@ -67,27 +67,25 @@ func bindSNATVerb(e *env, cmd *cobra.Command, whole bool, verb func(maps.SNATRul
 }
 
 func (e *env) addSNAT(rule maps.SNATRule) error {
-	return e.write(func(datapath *loader.Datapath) error {
+	return e.writeRules("already there", func(state *maps.State) (bool, error) {
 		have, err := listDevices()
 		if err != nil {
-			return err
+			return false, err
 		}
 		if rule.Uplink != 0 {
-			if err := e.checkAttached(datapath.State(), have, "-o", rule.Uplink); err != nil {
-				return err
+			if err := e.checkAttached(state, have, "-o", rule.Uplink); err != nil {
+				return false, err
 			}
 		}
-		if err := e.warnUnmanaged(datapath.State(), have, rule.Source); err != nil {
-			return err
+		if err := e.warnUnmanaged(state, have, rule.Source); err != nil {
+			return false, err
 		}
-		return e.changeRules(datapath, "already there", func(rules *maps.Rules) (bool, error) { return rules.AddSNAT(rule) })
+		return state.AddSNAT(rule)
 	})
 }
 
 func (e *env) deleteSNAT(rule maps.SNATRule) error {
-	return e.write(func(datapath *loader.Datapath) error {
-		return e.changeRules(datapath, "not there", func(rules *maps.Rules) (bool, error) { return rules.DeleteSNAT(rule) })
-	})
+	return e.writeRules("not there", func(state *maps.State) (bool, error) { return state.DeleteSNAT(rule) })
 }
 
 // warnUnmanaged tells of a rule for addresses that no managed bridge has: it never holds.

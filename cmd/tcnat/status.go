@@ -44,8 +44,7 @@ when the expiry last ran, and what stands in the way on this host, each with its
 type report struct {
 	loader.Status
 	snat, dnat int
-	flows      int
-	mappings   int
+	usage      maps.Usage
 	expiry     maps.ExpiryStats
 	counters   []maps.Count
 	findings   []loader.Finding
@@ -63,12 +62,9 @@ func newReport(datapath *loader.Datapath) (*report, error) {
 		return nil, err
 	}
 	r.snat, r.dnat = len(rules.SNAT), len(rules.DNAT)
-	elements, err := state.Elements()
-	if err != nil {
+	if r.usage, err = state.Usage(); err != nil {
 		return nil, err
 	}
-	// Two elements each.
-	r.flows, r.mappings = elements["flows"]/2, elements["mappings"]/2
 	if r.expiry, err = state.Expiry(); err != nil {
 		return nil, err
 	}
@@ -115,7 +111,9 @@ type (
 		Live        bool             `json:"live"`
 		Pins        string           `json:"pins"`
 		NetnsCookie uint64           `json:"netns_cookie"`
+		FastPath    fastPathEntry    `json:"fast_path"`
 		Devices     []deviceEntry    `json:"devices"`
+		Ports       []portEntry      `json:"ports"`
 		Options     optionsEntry     `json:"options"`
 		Rules       rulesEntry       `json:"rules"`
 		Flows       flowsEntry       `json:"flows"`
@@ -131,8 +129,32 @@ type (
 		Class   string    `json:"class"`
 		Attach  string    `json:"attach"`
 		L3      bool      `json:"l3,omitempty"`
+		Fast    bool      `json:"fast"`
+		WhySlow string    `json:"why_slow,omitempty"`
 		Ingress hookEntry `json:"ingress"`
 		Egress  hookEntry `json:"egress"`
+	}
+	portEntry struct {
+		Name      string     `json:"name"`
+		Ifindex   uint32     `json:"ifindex"`
+		Bridge    string     `json:"bridge"`
+		Attach    string     `json:"attach,omitempty"`
+		MAC       string     `json:"container_mac,omitempty"`
+		Fast      bool       `json:"fast"`
+		WhySlow   string     `json:"why_slow,omitempty"`
+		Peer      bool       `json:"peer"`
+		WhyNoPeer string     `json:"why_no_peer,omitempty"`
+		Ingress   *hookEntry `json:"ingress,omitempty"`
+	}
+	fastPathEntry struct {
+		Asked      string `json:"asked"`
+		Mode       string `json:"mode"`
+		Reason     string `json:"reason"`
+		Mark       string `json:"mark,omitempty"`
+		FlowsOut   int    `json:"flows_out"`
+		FlowsIn    int    `json:"flows_in"`
+		Granted    uint64 `json:"leases_granted"`
+		Redirected uint64 `json:"packets_redirected"`
 	}
 	hookEntry struct {
 		Program string   `json:"program"`
@@ -181,7 +203,17 @@ func (r *report) entry() statusEntry {
 		Live:        r.Live,
 		Pins:        r.Pins,
 		NetnsCookie: r.NetnsCookie,
-		Devices:     []deviceEntry{},
+		FastPath: fastPathEntry{
+			Asked:      r.FastPath.Asked.String(),
+			Mode:       r.FastPath.Mode.String(),
+			Reason:     r.FastPath.Reason,
+			FlowsOut:   r.usage.FastOut,
+			FlowsIn:    r.usage.FastIn,
+			Granted:    r.FastPath.Granted,
+			Redirected: r.FastPath.Redirected,
+		},
+		Devices: []deviceEntry{},
+		Ports:   []portEntry{},
 		Options: optionsEntry{
 			Masquerade:       !r.Config.Routed,
 			Isolate:          !r.Config.NoIsolation,
@@ -190,7 +222,7 @@ func (r *report) entry() statusEntry {
 			Timeouts:         timeoutTexts(r.Config.Timeouts),
 		},
 		Rules: rulesEntry{SNAT: r.snat, DNAT: r.dnat},
-		Flows: flowsEntry{Count: r.flows, Max: r.Config.MaxFlows, Mappings: r.mappings},
+		Flows: flowsEntry{Count: r.usage.Flows, Max: r.Config.MaxFlows, Mappings: r.usage.Mappings},
 		Expiry: expiryEntry{
 			AgeSeconds:     r.expiry.LastTick.Seconds(),
 			Ticks:          r.expiry.Ticks,
@@ -202,9 +234,16 @@ func (r *report) entry() statusEntry {
 		Unmanaged: []unmanagedEntry{},
 		Warnings:  append([]string{}, r.warnings()...),
 	}
+	if r.Config.Mark != 0 {
+		entry.FastPath.Mark = fmt.Sprintf("%#x", r.Config.Mark)
+	}
+	for _, port := range r.Ports {
+		entry.Ports = append(entry.Ports, newPortEntry(port))
+	}
 	for _, device := range r.Devices {
 		entry.Devices = append(entry.Devices, deviceEntry{
 			Name: device.Name, Ifindex: device.Ifindex, Class: device.Class.String(), Attach: device.Attach.String(), L3: device.L3,
+			Fast: device.Slow == "", WhySlow: device.Slow,
 			Ingress: newHookEntry(device.Ingress), Egress: newHookEntry(device.Egress),
 		})
 	}
@@ -218,6 +257,19 @@ func (r *report) entry() statusEntry {
 	}
 	for _, device := range r.Unmanaged {
 		entry.Unmanaged = append(entry.Unmanaged, unmanagedEntry(device))
+	}
+	return entry
+}
+
+func newPortEntry(port loader.PortStatus) portEntry {
+	entry := portEntry{
+		Name: port.Name, Ifindex: port.Ifindex, Bridge: port.Bridge, MAC: port.MAC.String(),
+		Fast: port.Slow == "", WhySlow: port.Slow, Peer: port.Peer, WhyNoPeer: port.NoPeer,
+	}
+	if port.Attach != 0 {
+		entry.Attach = port.Attach.String()
+		ingress := newHookEntry(port.Ingress)
+		entry.Ingress = &ingress
 	}
 	return entry
 }

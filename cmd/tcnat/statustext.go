@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"strconv"
@@ -9,12 +10,13 @@ import (
 	"time"
 
 	"tcnat/loader"
+	"tcnat/maps"
 )
 
 // write prints the report for people: what there is, where it is attached, what was
 // dropped, and what should be looked at.
 func (r *report) write(w io.Writer) error {
-	for _, part := range []func(io.Writer) error{r.writeSummary, r.writeDevices, r.writeDrops, r.writeUnmanaged, r.writeWarnings} {
+	for _, part := range []func(io.Writer) error{r.writeSummary, r.writeDevices, r.writePorts, r.writeDrops, r.writeUnmanaged, r.writeWarnings} {
 		if err := part(w); err != nil {
 			return err
 		}
@@ -36,13 +38,23 @@ func (r *report) writeSummary(w io.Writer) error {
 		{"instance", r.Instance + ", " + state},
 		{"pins", r.Pins},
 		{"rules", fmt.Sprintf("%d snat, %d dnat", r.snat, r.dnat)},
-		{"flows", fmt.Sprintf("%d of at most %d", r.flows, r.Config.MaxFlows)},
+		{"flows", fmt.Sprintf("%d of at most %d", r.usage.Flows, r.Config.MaxFlows)},
+		{"fast path", r.fastPathText()},
 		{"expiry", expiry},
 		{"options", r.optionsText()},
 	} {
 		fmt.Fprintf(tabs, "%s\t%s\n", line[0], line[1])
 	}
 	return tabs.Flush()
+}
+
+func (r *report) fastPathText() string {
+	text := fastPathText(&r.Status)
+	if r.FastPath.Mode == maps.FastPathOff {
+		return text
+	}
+	return fmt.Sprintf("%s; flows on it: %d out, %d in; so far %s redirected, %s granted",
+		text, r.usage.FastOut, r.usage.FastIn, count(int(r.FastPath.Redirected), "packet"), count(int(r.FastPath.Granted), "lease"))
 }
 
 func (r *report) optionsText() string {
@@ -61,8 +73,9 @@ func (r *report) optionsText() string {
 
 func (r *report) writeDevices(w io.Writer) error {
 	fmt.Fprintln(w)
-	rows := table{heads: []string{"DEVICE", "CLASS", "ATTACHED", "HOOK", "PROGRAM", "ID", "TAG", "OTHERS"}}
+	rows := table{heads: []string{"DEVICE", "CLASS", "ATTACHED", "HOOK", "PROGRAM", "ID", "TAG", "OTHERS", "FAST PATH"}}
 	for _, device := range r.Devices {
+		fast := cmp.Or(device.Slow, "yes")
 		for _, hook := range []struct {
 			name string
 			loader.HookStatus
@@ -72,8 +85,29 @@ func (r *report) writeDevices(w io.Writer) error {
 				id = strconv.FormatUint(uint64(hook.ID), 10)
 			}
 			rows.add(device.Name, device.Class.String(), device.Attach.String(), hook.name,
-				orDash(hook.Program), id, orDash(hook.Tag), othersText(hook.HookStatus))
+				orDash(hook.Program), id, orDash(hook.Tag), othersText(hook.HookStatus), fast)
+			fast = "" // of the device: said once
 		}
+	}
+	return rows.write(w)
+}
+
+// writePorts tells of each container's port whether it takes the fast path, and into it.
+func (r *report) writePorts(w io.Writer) error {
+	if len(r.Ports) == 0 {
+		return nil
+	}
+	fmt.Fprintln(w)
+	rows := table{heads: []string{"PORT", "BRIDGE", "ATTACHED", "CONTAINER", "FAST PATH", "STRAIGHT IN"}}
+	for _, port := range r.Ports {
+		attached, peer := "-", orDash(port.NoPeer)
+		if port.Ingress.ID != 0 {
+			attached = port.Attach.String()
+		}
+		if port.Peer && port.NoPeer == "" {
+			peer = "yes"
+		}
+		rows.add(port.Name, port.Bridge, attached, orDash(port.MAC.String()), cmp.Or(port.Slow, "yes"), peer)
 	}
 	return rows.write(w)
 }

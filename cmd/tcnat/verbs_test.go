@@ -59,7 +59,8 @@ func (h *host) expect(what string, got []string, want ...string) {
 
 func TestRules(t *testing.T) {
 	h := newHost(t, lab.Options{})
-	if out := h.must("attach", "--bridge", lab.Bridge, "--uplink", lab.Uplink, "--attach", "tcx"); out != "bridge docker0: attached (tcx)\nuplink eth0: attached (tcx)\n" {
+	if out := h.must("attach", "--bridge", lab.Bridge, "--uplink", lab.Uplink, "--attach", "tcx"); out != "bridge docker0: attached (tcx)\nuplink eth0: attached (tcx)\n1 port: attached\n"+
+		"fast path: established: no connections are tracked\n" {
 		t.Errorf("attach printed %q", out)
 	}
 	h.expect("no DNAT", h.dnat())
@@ -163,6 +164,12 @@ func TestStatus(t *testing.T) {
 			t.Errorf("%s: %+v", d.Name, d)
 		}
 	}
+	if len(status.Ports) != 1 || !status.Ports[0].Fast || !status.Ports[0].Peer || status.Ports[0].MAC == "" || status.Ports[0].Bridge != lab.Bridge {
+		t.Errorf("ports: %+v", status.Ports)
+	}
+	if status.FastPath.Mode != "established" || status.FastPath.Asked != "auto" || status.FastPath.Mark != "0x1000" {
+		t.Errorf("fast path: %+v", status.FastPath)
+	}
 	if len(status.Unmanaged) != 1 || status.Unmanaged[0].Name != lab.Uplink2 || status.Unmanaged[0].Packets != 1 {
 		t.Errorf("devices without programs: %+v", status.Unmanaged)
 	}
@@ -173,7 +180,7 @@ func TestStatus(t *testing.T) {
 		t.Errorf("warnings: %q", status.Warnings)
 	}
 	text := h.must("status")
-	for _, want := range []string{"in effect", "no-uplink", "eth1", "\nwarning: net.ipv6.conf.all.forwarding = 0: ", "rules     2 snat, 0 dnat\n"} {
+	for _, want := range []string{"in effect", "no-uplink", "eth1", "\nwarning: net.ipv6.conf.all.forwarding = 0: ", "rules      2 snat, 0 dnat\n", "fast path  established: "} {
 		if !strings.Contains(text, want) {
 			t.Errorf("status does not show %q:\n%s", want, text)
 		}
@@ -207,8 +214,8 @@ func TestLoadPrintsCommands(t *testing.T) {
 			filters++
 		}
 	}
-	if filters != 4 {
-		t.Errorf("%d filters are printed, want 4: %q", filters, lines)
+	if filters != 5 { // one is the port's
+		t.Errorf("%d filters are printed, want 5: %q", filters, lines)
 	}
 	for _, device := range []string{lab.Bridge, lab.Uplink} {
 		if attached, err := h.Host.Attached(device); err != nil || len(attached) > 0 {

@@ -96,5 +96,5 @@ func repository(t *testing.T) map[string][]byte {
 }
 
 func isGenerated(path string) bool {
-	return strings.HasPrefix(path, "bpf/nat_bpf")
+	return strings.HasPrefix(path, "bpf/nat_bpf") || strings.HasPrefix(path, "internal/bench/rig_bpf")
 }

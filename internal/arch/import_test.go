@@ -14,11 +14,12 @@ import (
 const (
 	module  = "tcnat/"
 	ebpf    = "github.com/cilium/ebpf/..."
-	netlink = "github.com/vishvananda/netlink"
+	netlink = "github.com/vishvananda/netlink/..."
 	netns   = "github.com/vishvananda/netns"
 	unix    = "golang.org/x/sys/unix"
 	cobra   = "github.com/spf13/cobra"
 	pflag   = "github.com/spf13/pflag"
+	gonum   = "gonum.org/v1/plot/..."
 )
 
 // layers says, lowest first, what each package may import besides the standard library;
@@ -32,6 +33,7 @@ var layers = []struct {
 	{"tcnat/maps", []string{"tcnat/bpf", ebpf, unix}},
 	{"tcnat/loader", []string{"tcnat/bpf", "tcnat/maps", ebpf, netlink, netns, unix}},
 	{"tcnat/internal/...", []string{"tcnat/bpf", "tcnat/maps", "tcnat/loader", "tcnat/internal/...", ebpf, netlink, netns, unix}},
+	{"tcnat/internal/bench", []string{"tcnat/maps", "tcnat/loader", "tcnat/internal/lab", ebpf, netlink, unix, gonum}},
 	// The command line knows no kernel: neither BPF nor netlink nor system calls.
 	{"tcnat/cmd/...", []string{"tcnat/maps", "tcnat/loader", "tcnat/internal/...", cobra, pflag}},
 }

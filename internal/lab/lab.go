@@ -40,6 +40,9 @@ type Options struct {
 	// TunUplink adds the device tun0, which has no Ethernet header, and the node Far
 	// behind it. Packets are carried by this process, until Close.
 	TunUplink bool
+	// NearWorld puts World where Router is: at the other end of eth0, which saves the
+	// cost of two routers where speed is measured.
+	NearWorld bool
 	// HopMTU is the MTU between router and isp; 0: 1500.
 	HopMTU int
 	// NoSegmentation switches TSO, GSO and GRO off on every device.
@@ -55,8 +58,8 @@ type Lab struct {
 	Name       string
 	Containers []*Node
 	Host       *Node
-	Router     *Node
-	ISP        *Node
+	Router     *Node // nil with Options.NearWorld
+	ISP        *Node // nil with Options.NearWorld
 	World      *Node
 	Other      *Node // behind eth1; nil without Options.SecondUplink
 	Far        *Node // behind tun0; nil without Options.TunUplink
@@ -194,7 +197,10 @@ func (l *Lab) settle(ctx context.Context) error {
 		for _, c := range l.Containers {
 			pairs = append(pairs, pair{c, bridgeNet.address(f, 1)})
 		}
-		pairs = append(pairs, pair{l.Host, l.Router.Addr(f)}, pair{l.Host, l.World.Addr(f)}, pair{l.Host, l.World.Loopback(f)})
+		if l.Router != nil {
+			pairs = append(pairs, pair{l.Host, l.Router.Addr(f)})
+		}
+		pairs = append(pairs, pair{l.Host, l.World.Addr(f)}, pair{l.Host, l.World.Loopback(f)})
 		if l.Other != nil {
 			pairs = append(pairs, pair{l.Host, l.Other.Loopback(f)})
 		}

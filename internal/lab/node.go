@@ -104,7 +104,8 @@ func (n *Node) SetSysctl(key, value string) error {
 }
 
 // Sysctls returns every sysctl below net that the namespace has, by key, so that two
-// points in time can be compared. The count of conntrack entries is left out.
+// points in time can be compared. Left out are the count of conntrack entries, and the size of the
+// table that all namespaces share.
 func (n *Node) Sysctls() (map[string]string, error) {
 	values := make(map[string]string)
 	err := n.Do(func() error {
@@ -115,7 +116,7 @@ func (n *Node) Sysctls() (map[string]string, error) {
 				}
 				return err
 			}
-			if entry.IsDir() || entry.Name() == "nf_conntrack_count" {
+			if entry.IsDir() || entry.Name() == "nf_conntrack_count" || entry.Name() == "nf_conntrack_buckets" {
 				return nil
 			}
 			// Some are write-only or refuse to be read until set: they have no value.

@@ -70,8 +70,8 @@ func (l *Lab) build(ctx context.Context, o Options) error {
 		want bool
 	}{
 		{"host", &l.Host, true},
-		{"router", &l.Router, true},
-		{"isp", &l.ISP, true},
+		{"router", &l.Router, !o.NearWorld},
+		{"isp", &l.ISP, !o.NearWorld},
 		{"world", &l.World, true},
 		{"other", &l.Other, o.SecondUplink},
 		{"far", &l.Far, o.TunUplink},
@@ -176,9 +176,10 @@ func (l *Lab) buildOutside(o Options) error {
 		mtu    int
 		want   bool
 	}{
-		{uplinkNet, l.Host, l.Router, Uplink, "eth0", 2, 1, 1500, true},
-		{hopNet, l.Router, l.ISP, "eth1", "eth0", 1, 2, hopMTU, true},
-		{worldNet, l.ISP, l.World, "eth1", "eth0", 1, 2, 1500, true},
+		{uplinkNet, l.Host, l.World, Uplink, "eth0", 2, 1, 1500, o.NearWorld},
+		{uplinkNet, l.Host, l.Router, Uplink, "eth0", 2, 1, 1500, !o.NearWorld},
+		{hopNet, l.Router, l.ISP, "eth1", "eth0", 1, 2, hopMTU, !o.NearWorld},
+		{worldNet, l.ISP, l.World, "eth1", "eth0", 1, 2, 1500, !o.NearWorld},
 		{otherNet, l.Host, l.Other, Uplink2, "eth0", 2, 1, 1500, o.SecondUplink},
 		{tunNet, l.Host, l.Far, TunUplink, TunUplink, 2, 1, 1500, o.TunUplink},
 	} {
@@ -202,9 +203,13 @@ func (l *Lab) buildOutside(o Options) error {
 		}
 	}
 	l.Host.knownBy(uplinkNet, 2)
-	l.Router.knownBy(uplinkNet, 1)
-	l.ISP.knownBy(hopNet, 2)
-	l.World.knownBy(worldNet, 2)
+	if o.NearWorld {
+		l.World.knownBy(uplinkNet, 1)
+	} else {
+		l.Router.knownBy(uplinkNet, 1)
+		l.ISP.knownBy(hopNet, 2)
+		l.World.knownBy(worldNet, 2)
+	}
 	if err := l.World.own(worldOnly); err != nil {
 		return err
 	}
@@ -231,14 +236,16 @@ func (l *Lab) routes() error {
 			via    netip.Addr
 			device string
 		}
-		routes := []route{
-			{l.Host, everything(f), uplinkNet.address(f, 1), Uplink},
-			{l.Router, worldNet[f], hopNet.address(f, 2), "eth1"},
-			{l.Router, worldOnly[f], hopNet.address(f, 2), "eth1"},
-			{l.ISP, uplinkNet[f], hopNet.address(f, 1), "eth0"},
-			{l.ISP, worldOnly[f], worldNet.address(f, 2), "eth1"},
-			{l.World, uplinkNet[f], worldNet.address(f, 1), "eth0"},
-			{l.World, hopNet[f], worldNet.address(f, 1), "eth0"},
+		routes := []route{{l.Host, everything(f), uplinkNet.address(f, 1), Uplink}}
+		if l.Router != nil {
+			routes = append(routes, []route{
+				{l.Router, worldNet[f], hopNet.address(f, 2), "eth1"},
+				{l.Router, worldOnly[f], hopNet.address(f, 2), "eth1"},
+				{l.ISP, uplinkNet[f], hopNet.address(f, 1), "eth0"},
+				{l.ISP, worldOnly[f], worldNet.address(f, 2), "eth1"},
+				{l.World, uplinkNet[f], worldNet.address(f, 1), "eth0"},
+				{l.World, hopNet[f], worldNet.address(f, 1), "eth0"},
+			}...)
 		}
 		if l.Other != nil {
 			routes = append(routes, route{l.Host, otherOnly[f], otherNet.address(f, 1), Uplink2})

@@ -1,0 +1,146 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* open.h - what flow a first packet begins, by the rules. Each function fills in a plan (GO_ON), or says
+ * what becomes of the packet without one.
+ */
+#pragma once
+
+#include "packet.h"
+#include "plan.h"
+#include "recent.h"
+#include "route.h"
+#include "rule.h"
+
+/* SNAT: a container, or the host with a bridge's address, speaks to the world. */
+static __noinline enum verdict open_outward(struct packet *p)
+{
+	struct plan *plan = plan_get();
+	const struct snat_rule *rule;
+	struct tuple *t = &p->h.tuple;
+
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	plan_begin(p, plan);
+	/* before the rules are read: when they change now, this flow is of the old ones */
+	plan->generation = generation_of(0);
+	plan->original_class = CLASS_BRIDGE;
+	plan->original_ifindex = p->bridge;
+	plan->reply_class = CLASS_UPLINK;
+	plan->reply_ifindex = 0;
+	rule = snat_find(p->config, &t->src, p->uplink);
+	if (!rule && !(p->config->flags & CONFIG_ROUTED))
+		return drop(p, DROP_NO_RULE);
+	if (!rule || (rule->flags & SNAT_EXCEPT && rule_lists(p->config, rule->id, &t->dst)))
+		return GO_ON;
+
+	plan->translation = TRANSLATION_SNAT;
+	plan->outside = true;
+	plan->map = t->proto == IPPROTO_UDP;
+	plan->rule = rule->id;
+	plan->generation = rule->generation;
+	if (rule->flags & SNAT_MASQUERADE) {
+		if (!masquerade_address(p, &plan->entry.claim.dst))
+			return drop(p, DROP_NO_ADDRESS);
+	} else {
+		plan->entry.claim.dst = rule->to;
+		if (rule->to_count > 1) {
+			/* an inside address always gets the same outside one (RFC 4787 REQ-2) */
+			__u64 words[2] = {
+				(__u64)t->src.word[0] << 32 | t->src.word[1],
+				(__u64)t->src.word[2] << 32 | t->src.word[3],
+			};
+			__u32 nth = keyed_hash(p->config->secret, words, 2) % rule->to_count;
+
+			plan->entry.claim.dst.word[3] =
+				bpf_htonl(bpf_ntohl(rule->to.word[3]) + nth);
+		}
+	}
+	if (rule->port_first && t->proto != IPPROTO_ICMP && t->proto != IPPROTO_ICMPV6) {
+		plan->first = rule->port_first;
+		plan->last = rule->port_last;
+	} else {
+		plan_ports(plan);
+	}
+	return GO_ON;
+}
+
+static __always_inline bool is_published(struct packet *p, struct dnat_match *m)
+{
+	const struct tuple *t = &p->h.tuple;
+	__u32 ifindex;
+
+	if ((t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) || !dnat_find(t, p->uplink, m))
+		return false;
+	return !m->any || route_of(p, &ifindex) == ROUTE_LOCAL;
+}
+
+/* DNAT: the world comes to a published port. PASS when it is none. */
+static __noinline enum verdict open_inward(struct packet *p)
+{
+	struct plan *plan = plan_get();
+	struct tuple *t = &p->h.tuple;
+	const struct dnat_rule *rule;
+	__u32 bridge;
+
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	if (!is_published(p, &plan->published))
+		return PASS;
+	if (p->h.fragment != FRAGMENT_NONE)
+		return drop(p, DROP_FRAGMENT);
+	if (p->h.tcp & TCP_RST)
+		return PASS;
+	rule = &plan->published.rule;
+	bridge = bridge_of(&rule->to);
+	if (!bridge)
+		return PASS; /* the bridge of its target is gone */
+	if (bridge_of(&t->src))
+		return drop(p, DROP_SPOOFED_ADDRESS);
+	/* what docker-proxy carries already stays with it, and so do answers to the host's own */
+	if ((p->h.tcp & (TCP_SYN | TCP_ACK)) != TCP_SYN &&
+	    host_has_socket(p->skb, t, SOCKET_CONNECTED))
+		return PASS;
+	if (rule->flags & DNAT_ALLOW_LIST && !rule_lists(p->config, rule->id, &t->src))
+		return drop(p, DROP_NOT_ALLOWED);
+	plan_begin(p, plan);
+	plan->original_class = CLASS_UPLINK;
+	plan->original_ifindex = 0;
+	plan->reply_class = CLASS_BRIDGE;
+	plan->reply_ifindex = bridge;
+	plan->translation = TRANSLATION_DNAT;
+	plan->rule = rule->id;
+	plan->generation = rule->generation;
+	plan->entry.claim.src = rule->to;
+	plan->entry.claim.sport = dnat_port(rule, t->dport);
+	/* two connections of one client port to two published ports of one server would have
+	 * the same reply tuple: then the client's port changes, as nf_nat does it
+	 */
+	plan_ports(plan);
+	return GO_ON;
+}
+
+/* --allow-direct: a container spoken to by its own address has a flow too, or its answers
+ * would be taken for something new and be given another source.
+ */
+static __noinline enum verdict open_direct(struct packet *p)
+{
+	struct plan *plan = plan_get();
+	__u32 bridge, generation = generation_of(0);
+
+	/* the generation first: when the flag goes now, this flow goes with it */
+	if (!(*(volatile enum config_flag *)&p->config->flags & CONFIG_ALLOW_DIRECT))
+		return PASS;
+	bridge = bridge_of(&p->h.tuple.dst);
+	if (!bridge || p->h.fragment != FRAGMENT_NONE)
+		return PASS;
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	if (bridge_of(&p->h.tuple.src))
+		return drop(p, DROP_SPOOFED_ADDRESS);
+	plan_begin(p, plan);
+	plan->original_class = CLASS_UPLINK;
+	plan->original_ifindex = 0;
+	plan->reply_class = CLASS_BRIDGE;
+	plan->reply_ifindex = bridge;
+	plan->generation = generation;
+	return GO_ON;
+}
