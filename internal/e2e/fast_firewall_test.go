@@ -155,7 +155,7 @@ func (k *talk) sides() (inside, outside *end) {
 
 func mustHaveStopped(t *testing.T, what string, e *end, by time.Time) {
 	t.Helper()
-	if last := time.Unix(0, e.last.Load()); last.After(by) {
+	if last := time.Unix(0, e.last.Load()); last.After(by.Add(stalledSince(by.Add(-changeTime)))) {
 		t.Errorf("%s: the last one came %s too late", what, last.Sub(by))
 	}
 }

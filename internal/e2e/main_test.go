@@ -17,5 +17,6 @@ func TestMain(m *testing.M) {
 			_ = flag.Set("test.parallel", strconv.Itoa(side))
 		}
 	}
+	go machine.watch()
 	os.Exit(m.Run())
 }
