@@ -25,8 +25,11 @@ const (
 
 // memoryRun measures what the tables take with no flow in them, and what each TCP flow adds.
 func memoryRun(ctx context.Context, b *bench, _ field, m *Measurement) (err error) {
-	o := b.rigOptions()
-	f, err := b.scene(ctx, []string{iptables, tcnatLeased}, o, nil)
+	none := Case{Name: "memlock with no flow", Unit: unitMegabytes, LowerIsBetter: true}
+	if err := b.emptyMemory(ctx, &none); err != nil {
+		return err
+	}
+	f, err := b.scene(ctx, []string{iptables, tcnatLeased}, b.rigOptions(), nil)
 	if err != nil {
 		return err
 	}
@@ -34,7 +37,6 @@ func memoryRun(ctx context.Context, b *bench, _ field, m *Measurement) (err erro
 	m.Notes = append(m.Notes,
 		"memlock is what the kernel says of each pinned map (fdinfo); slab is the growth of Slab in /proc/meminfo, of the whole machine",
 		fmt.Sprintf("%d answered TCP flows", b.remembered))
-	none := Case{Name: "memlock with no flow", Unit: unitMegabytes, LowerIsBetter: true}
 	locked := Case{Name: "memlock of a TCP flow", Unit: unitBytes, LowerIsBetter: true}
 	slab := Case{Name: "slab of a TCP flow", Unit: unitBytes, LowerIsBetter: true}
 	for _, name := range []string{tcnatLeased, iptables} {
@@ -56,7 +58,6 @@ func memoryRun(ctx context.Context, b *bench, _ field, m *Measurement) (err erro
 		}
 		flows := float64(b.remembered)
 		if c.pins != "" {
-			none.Rows = append(none.Rows, Row{Contender: name, Values: []float64{before.locked / 1e6}})
 			locked.Rows = append(locked.Rows, Row{Contender: name, Values: []float64{(after.locked - before.locked) / flows}})
 		}
 		slab.Rows = append(slab.Rows, Row{Contender: name, Values: []float64{(after.slab - before.slab) / flows}})
@@ -65,6 +66,21 @@ func memoryRun(ctx context.Context, b *bench, _ field, m *Measurement) (err erro
 		c.settle()
 		m.Cases = append(m.Cases, *c)
 	}
+	return nil
+}
+
+// emptyMemory measures an instance of the size that attach makes by itself.
+func (b *bench) emptyMemory(ctx context.Context, none *Case) (err error) {
+	c, err := newContender(ctx, tcnatLeased, b.rigOptions(), installOptions{binary: b.Binary}, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, c.close(ctx)) }()
+	taken, err := c.memory(ctx)
+	if err != nil {
+		return err
+	}
+	none.Rows = append(none.Rows, Row{Contender: tcnatLeased, Values: []float64{taken.locked / 1e6}})
 	return nil
 }
 
