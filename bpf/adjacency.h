@@ -7,7 +7,7 @@
 #include "packet.h"
 #include "tuple.h"
 
-/* Ten seconds: ten times as long as a lease. */
+/* Ten seconds: several times as long as a lease. */
 #define ADJACENCY_STAMPS (10 * 1000000000ULL >> STAMP_SHIFT)
 #define ADJACENCY_PROBES 8
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* recent.h - what the host's tables have just said of an address. New flows come in runs, from one
  * container and to one destination, and a lookup in these tables costs as much as an insertion. An
- * answer holds for a second, like a lease, on the CPU that asked.
+ * answer holds for a second, on the CPU that asked.
  */
 #pragma once
 
