@@ -375,6 +375,16 @@ func (c *connector) disconnect(d device) error {
 	return errors.Join(c.state.DeleteDevice(d.Ifindex), filters, c.pins.detachTCX(d.Ifindex))
 }
 
+// withdraw is disconnect for a port. One that still is a port, now without a program, loses no
+// packet by it.
+func (c *connector) withdraw(d device) error {
+	if c.vanished(d) {
+		return c.disconnect(d)
+	}
+	_, _, filters := c.clsact.removeFilters(d.index())
+	return errors.Join(c.state.DeleteDevice(d.Ifindex), filters, c.pins.detachTCX(d.Ifindex))
+}
+
 // byHand are the tc commands that attach the devices that are left to the user.
 func byHand(inst Instance, status *Status) (commands []string, err error) {
 	nl, err := newNetlink()

@@ -176,6 +176,24 @@ func (p pins) ownQdisc(ifindex uint32) bool {
 	return err == nil
 }
 
+// forgetQdiscs removes the marks of devices that no longer exist; names are those that do.
+func (p pins) forgetQdiscs(names map[uint32]string) error {
+	entries, err := os.ReadDir(p.qdiscs())
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("read marks of qdiscs: %w", known(err))
+	}
+	for _, entry := range entries {
+		ifindex, err := strconv.ParseUint(entry.Name(), 10, 32)
+		if _, exists := names[uint32(ifindex)]; err != nil || exists {
+			continue
+		}
+		if err := os.Remove(p.qdiscMark(uint32(ifindex))); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("remove mark of qdisc: %w", known(err))
+		}
+	}
+	return nil
+}
+
 // ensureQdisc makes the clsact qdisc where it is missing. Ours are marked before they exist,
 // so that a killed attach leaves none behind.
 func (c *clsact) ensureQdisc(d device) (own bool, err error) {
@@ -326,22 +344,11 @@ func (c *clsact) replaceFilter(have *netlink.BpfFilter, program *ebpf.Program) e
 // remove takes our filters off the device and then its qdisc, if that is ours and empty.
 func (c *clsact) remove(ifindex int) (found bool, err error) {
 	mark := c.pins.qdiscMark(uint32(ifindex))
-	own := c.pins.ownQdisc(uint32(ifindex))
-	for _, h := range []hook{{ingress: true}, {ingress: false}} {
-		ours, _, err := c.split(ifindex, h)
-		if err != nil {
-			return found, err
-		}
-		for _, f := range ours {
-			own = own || c.named(f) && f.Handle == handleOwnQdisc
-			found = true
-			f.Fd = -1
-			if err := c.nl.FilterDel(f); err != nil && !gone(err) {
-				return found, fmt.Errorf("remove filter %s: %w", f.Name, known(err))
-			}
-		}
+	found, own, err := c.removeFilters(ifindex)
+	if err != nil {
+		return found, err
 	}
-	if own {
+	if own || c.pins.ownQdisc(uint32(ifindex)) {
 		found = true
 		if err := c.removeQdisc(ifindex); err != nil {
 			return found, err
@@ -351,6 +358,27 @@ func (c *clsact) remove(ifindex int) (found bool, err error) {
 		return found, fmt.Errorf("remove mark of qdisc: %w", known(err))
 	}
 	return found, nil
+}
+
+// removeFilters takes our filters off the device. The qdisc stays, for later or for detach: the
+// kernel drops what a device is to send while a clsact qdisc comes or goes (qdisc_graft takes its
+// queues away for that time). own is whether a filter says that the qdisc is ours.
+func (c *clsact) removeFilters(ifindex int) (found, own bool, err error) {
+	for _, h := range []hook{{ingress: true}, {ingress: false}} {
+		ours, _, err := c.split(ifindex, h)
+		if err != nil {
+			return found, own, err
+		}
+		for _, f := range ours {
+			own = own || c.named(f) && f.Handle == handleOwnQdisc
+			found = true
+			f.Fd = -1
+			if err := c.nl.FilterDel(f); err != nil && !gone(err) {
+				return found, own, fmt.Errorf("remove filter %s: %w", f.Name, known(err))
+			}
+		}
+	}
+	return found, own, nil
 }
 
 func (c *clsact) removeQdisc(ifindex int) error {

@@ -232,6 +232,9 @@ func bridgeMACs(links []netlink.Link) map[uint32]maps.MAC {
 // datapath must know, those that are gone are forgotten. A port that goes while this runs is no
 // error: its container has just ended.
 func (c *connector) reconcilePorts(bridges []device, undos *[]func() error) error {
+	if err := c.pins.forgetQdiscs(ifnames(c.links)); err != nil {
+		return err
+	}
 	names := make(map[uint32]string)
 	for _, d := range bridges {
 		if d.Class == maps.Bridge && !c.opts.NoPorts {
@@ -331,7 +334,7 @@ func (c *connector) knownPorts(ports []port, owned map[maps.PortKey]uint32) (map
 		return nil, err
 	}
 	for _, d := range lost {
-		if err := c.disconnect(d); err != nil {
+		if err := c.withdraw(d); err != nil {
 			return nil, err
 		}
 	}

@@ -130,10 +130,24 @@ func TestPorts(t *testing.T) {
 			opts.NoPorts = true
 			h.wantPorts(h.attach(opts), "veth3 it has no program: run tcnat attach again")
 			h.wantOwners(nil)
+			// While a qdisc comes or goes the kernel drops what the device sends: it goes with detach.
+			if got, want := h.hasClsact("veth3"), mode == Clsact; got != want {
+				t.Errorf("veth3 without its program: has a clsact qdisc: %t, want %t", got, want)
+			}
 			h.attach(h.options(mode))
 			h.detach()
+			if h.hasClsact("veth3") {
+				t.Error("veth3 has a clsact qdisc after detach")
+			}
 		})
 	}
+}
+
+func (h *host) hasClsact(device string) bool {
+	h.t.Helper()
+	qdiscs, err := h.nl.QdiscList(h.link(device))
+	must(h.t, err)
+	return slices.ContainsFunc(qdiscs, func(q netlink.Qdisc) bool { return q.Type() == "clsact" })
 }
 
 func (h *host) devices() []state.Device {

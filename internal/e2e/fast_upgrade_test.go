@@ -16,7 +16,7 @@ import (
 func TestFastUpgradeLosesNothing(t *testing.T) {
 	const (
 		outRate = 5_000
-		inRate  = 2_000
+		inRate  = 5_000
 	)
 	t.Parallel()
 	for _, mode := range []loader.AttachMode{loader.TCX, loader.Clsact} {
@@ -53,6 +53,10 @@ func TestFastUpgradeLosesNothing(t *testing.T) {
 			}{
 				{loader.FastPathEstablished, false, true},
 				{loader.FastPathEstablished, false, true},
+				{loader.FastPathOff, false, false},
+				{loader.FastPathOff, true, false},
+				{loader.FastPathOff, false, false},
+				{loader.FastPathOff, true, false},
 				{loader.FastPathOff, false, false},
 				{loader.FastPathAlways, false, false},
 				{loader.FastPathAlways, false, true},
