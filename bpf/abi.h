@@ -12,7 +12,7 @@
 
 #include <bpf/bpf_helpers.h>
 
-#define ABI_VERSION 1
+#define ABI_VERSION 2
 
 /* Times of flows are stamps: nanoseconds since boot >> STAMP_SHIFT, so 1.05 ms each,
  * in 32 bits that wrap after 52 days. Only differences are compared.
@@ -174,30 +174,36 @@ struct port_key {
 	__u16 pad;
 };
 
-/* One outside port per inside endpoint (RFC 4787, REQ-1). An entry a mapping, which is the claim of
- * the port: outside: (outside address, port) -> inside endpoint. And one more where the
- * endpoint has not kept its own port:
- * inside: (inside address, port, outside address) -> outside port.
+/* An outside port, and the inside endpoint that has it (RFC 4787, REQ-1 and REQ-3). The table has a
+ * place for each outside port: where that is follows from its address and number.
  */
-enum mapping_side {
-	MAPPING_INSIDE = 1,
-	MAPPING_OUTSIDE = 2,
-} __attribute__((packed));
-
-struct mapping_key {
-	struct addr addr;
-	struct addr outside; /* inside entries only: the address it is mapped to */
-	__be16 port;
-	__u8 proto;
-	enum mapping_side side;
+struct mapping {
+	__u64 hold; /* incarnation << 32 | enum mapping_bits */
+	struct addr inside;
+	__be16 inside_port;
+	__be16 outside_port;
+	__u32 outside; /* outside_hash() of address and protocol */
 };
 
-struct mapping {
-	struct addr addr; /* the other side's address */
-	__u64 hold;	  /* outside entry: id << 32 | flows that hold it; 0 flows: being deleted */
-	__be16 port;	  /* the other side's port */
+/* The lower half of mapping.hold; all zero: the place is free. */
+enum mapping_bits {
+	MAPPING_FLOWS = 0x00ffffff, /* that hold it */
+	MAPPING_MOVED = 0x01000000, /* the endpoint has not kept its own port: see moved_ports */
+	MAPPING_BUSY = 0x02000000,  /* being filled in */
+};
+
+/* Endpoints that have not kept their own port -> their outside port. */
+struct endpoint {
+	struct addr inside;
+	struct addr outside;
+	__be16 port; /* inside */
+	__u8 proto;
+	__u8 pad;
+};
+
+struct moved_port {
+	__be16 port;
 	__u16 pad;
-	__u32 pad2;
 };
 
 /* An element of the expiry queue: the reply tuple of a flow, which is its claim. */
@@ -434,8 +440,9 @@ _Static_assert(sizeof(struct lease) == 8, "lease: one access");
 _Static_assert(sizeof(struct adjacency) == 40, "adjacency");
 _Static_assert(sizeof(struct port_key) == 12, "port_key");
 _Static_assert(sizeof(struct device) == 24, "device");
-_Static_assert(sizeof(struct mapping_key) == 36, "mapping_key");
-_Static_assert(sizeof(struct mapping) == 32, "mapping");
+_Static_assert(sizeof(struct mapping) == 32, "mapping: two a cache line");
+_Static_assert(sizeof(struct endpoint) == 36, "endpoint");
+_Static_assert(sizeof(struct moved_port) == 4, "moved_port");
 _Static_assert(sizeof(struct expiry_entry) == 48, "expiry_entry");
 _Static_assert(sizeof(struct dnat_key) == 24, "dnat_key");
 _Static_assert(sizeof(struct dnat_range_key) == 28, "dnat_range_key");

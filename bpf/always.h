@@ -97,8 +97,19 @@ static __noinline enum verdict forward_at_once(struct packet *p, __u32 in)
 	p->uplink = output->ifindex;
 	if (!p->half) {
 		/* what fails here fails at to_uplink again, which says why */
-		if (p->h.tuple.proto != IPPROTO_UDP || open_outward(p) != GO_ON ||
-		    flow_create(p->skb) == CREATED_NOT || !half_find(&p->h.tuple, &f, false) ||
+		if (p->h.tuple.proto != IPPROTO_UDP || open_outward(p) != GO_ON)
+			return GO_ON;
+		plan->lease.out = out;
+		plan->lease.in = in;
+		switch (flow_create(p->skb)) {
+		case CREATED:
+			return fast_from_bridge(p);
+		case CREATED_BY_OTHERS:
+			break;
+		case CREATED_NOT:
+			return GO_ON;
+		}
+		if (!half_find(&p->h.tuple, &f, false) ||
 		    !half_accepts(f.half, CLASS_BRIDGE, p->bridge))
 			return GO_ON;
 		p->half = f.half;

@@ -61,6 +61,7 @@ static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3, b
 
 	if (p->skb->pkt_type != PACKET_HOST || is_vlan(p->skb))
 		return PASS;
+	packet_clock(p);
 	v = fast_from_bridge(p);
 	if (v != GO_ON)
 		return v;
@@ -130,6 +131,7 @@ static __always_inline enum verdict port_ingress(struct packet *p, __u32 l3, boo
 {
 	enum verdict v;
 
+	packet_clock(p);
 	if (!is_vlan(p->skb)) {
 		v = first ? fast_from_bridge(p) : fast_path(p, CLASS_BRIDGE, l3);
 		if (v == GO_ON && first)
@@ -178,6 +180,7 @@ static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 		return PASS;
 	if (!ifindex || is_vlan(p->skb))
 		return PASS; /* the host's own */
+	packet_clock(p);
 	v = parse_inside(p, l3);
 	if (v != GO_ON)
 		return v;

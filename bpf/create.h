@@ -86,6 +86,7 @@ static __always_inline void fill_half(struct plan *plan, enum role role)
 	half->lease.stamp = plan->now;
 	if (!original)
 		return;
+	half->lease = plan->lease;
 	half->packets = plan->packets;
 	half->bytes = plan->bytes;
 	half->tcp = plan->tcp;

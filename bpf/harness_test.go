@@ -93,12 +93,16 @@ var natSpec = sync.OnceValue(func() *ebpf.CollectionSpec {
 	return spec
 })
 
+// places are as many as one outside address has ports.
+const places = 1 << 16
+
 // load loads the programs with room for maxFlows flows, live, with two bridges and one uplink.
 func load(t testing.TB, maxFlows uint32) *datapath {
 	t.Helper()
 	spec := natSpec().Copy()
 	spec.Maps[bpf.NATMapFlows].MaxEntries = 2 * maxFlows
-	spec.Maps[bpf.NATMapMappings].MaxEntries = 2 * maxFlows
+	spec.Maps[bpf.NATMapMappings].MaxEntries = places
+	spec.Maps[bpf.NATMapMovedPorts].MaxEntries = maxFlows
 	spec.Maps[bpf.NATMapExpiryQueue].MaxEntries = max(1024, maxFlows+maxFlows/4)
 	c, err := ebpf.NewCollection(spec)
 	if err != nil {
@@ -164,7 +168,10 @@ func (d *datapath) reset() {
 func (d *datapath) forget() {
 	d.Helper()
 	clearMap[bpf.NATTuple, bpf.NATHalf](d, d.Flows)
-	clearMap[bpf.NATMappingKey, bpf.NATMapping](d, d.Mappings)
+	for place := range d.mappings() {
+		d.check(d.Mappings.Put(place, bpf.NATMapping{}))
+	}
+	clearMap[bpf.NATEndpoint, bpf.NATMovedPort](d, d.MovedPorts)
 	d.secondPasses()
 	var e bpf.NATExpiryEntry
 	for d.ExpiryQueue.LookupAndDelete(nil, &e) == nil {

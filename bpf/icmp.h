@@ -45,7 +45,7 @@ static __always_inline long quote_addrs(struct packet *p, struct quote *q,
 
 static __always_inline __be16 checksum_add(__be16 checksum, __s64 diff)
 {
-	__u64 sum = (__u16)~checksum + (__u32)diff;
+	__u64 sum = (__u64)(__u16)~checksum + (__u32)diff; /* before 6.13 diff has 32 bits */
 
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);

@@ -2,57 +2,97 @@
 /* mapping.h - one outside port per inside endpoint, whatever the destination (RFC 4787 REQ-1:
  * endpoint-independent mapping), and no outside port for two endpoints (REQ-3).
  *
- * The outside entry is the claim of the port, and counts the flows that hold the mapping; whoever
- * lets the last one go deletes inside, then outside: the claim last. Most endpoints keep their
- * port, and need no inside entry.
+ * A mapping's place in the table follows from its outside address and port, so that taking it is
+ * one compare-and-swap. An outside address has a run of places of its own as long as there are not
+ * many of them; where two ports meet in one place, the second counts as taken.
+ *
+ * hold says whose it is now: flows that hold it, and an incarnation, which changes whenever the
+ * place is taken. A swap of hold that succeeds proves that all the rest is still what it was
+ * when hold was read. Whoever lets the last flow go deletes the entry in moved_ports, then frees
+ * the place: most endpoints keep their port, and have no such entry.
  */
 #pragma once
 
 #include "packet.h"
 #include "tuple.h"
 
-static __always_inline void mapping_inside(struct mapping_key *key, const struct tuple *original,
-					   const struct addr *outside)
+#define MAPPING_WAITS 32
+
+static __always_inline __u32 outside_hash(const struct addr *outside, __u8 proto)
 {
-	key->addr = original->src;
+	const __u64 *x = (const void *)outside;
+
+	return mix(mix(mix(0, x[0]), x[1]), proto) >> 32;
+}
+
+/* What the kernel lets programs read of a map. */
+struct bpf_map {
+	__u32 max_entries;
+} __attribute__((preserve_access_index));
+
+/* The place of the port that the reply tuple has. */
+static __always_inline struct mapping *mapping_place(const struct tuple *reply, __u32 *outside)
+{
+	const struct bpf_map *table = (const void *)&mappings;
+	__u32 index;
+
+	*outside = outside_hash(&reply->dst, reply->proto);
+	index = (*outside + bpf_ntohs(reply->dport)) & (table->max_entries - 1);
+	return bpf_map_lookup_elem(&mappings, &index);
+}
+
+static __always_inline bool mapping_is(const struct mapping *m, const struct tuple *original,
+				       const struct tuple *reply, __u32 outside)
+{
+	return m->outside_port == reply->dport && m->outside == outside &&
+	       m->inside_port == original->sport && addr_equal(&m->inside, &original->src);
+}
+
+/* The rest is read after hold: an atomic operation with a result orders all accesses around it. */
+static __always_inline __u64 mapping_read_hold(struct mapping *m)
+{
+	return __sync_fetch_and_add(&m->hold, 0);
+}
+
+static __always_inline void moved_key(struct endpoint *key, const struct tuple *original,
+				      const struct addr *outside)
+{
+	key->inside = original->src;
 	key->outside = *outside;
 	key->port = original->sport;
 	key->proto = original->proto;
-	key->side = MAPPING_INSIDE;
+	key->pad = 0;
 }
 
-static __always_inline void mapping_outside(struct mapping_key *key, const struct addr *outside,
-					    __be16 port, __u8 proto)
+static __always_inline void mapping_release(struct mapping *m, const struct tuple *original,
+					    const struct tuple *reply)
 {
-	key->addr = *outside;
-	__builtin_memset(&key->outside, 0, sizeof(key->outside));
-	key->port = port;
-	key->proto = proto;
-	key->side = MAPPING_OUTSIDE;
+	__u64 was = __sync_fetch_and_add(&m->hold, -1);
+	struct moved_port *moved;
+	struct endpoint key;
+
+	if ((was & MAPPING_FLOWS) != 1)
+		return;
+	if (was & MAPPING_MOVED) {
+		moved_key(&key, original, &reply->dst);
+		moved = bpf_map_lookup_elem(&moved_ports, &key);
+		if (moved && moved->port == reply->dport)
+			bpf_map_delete_elem(&moved_ports, &key);
+		__sync_fetch_and_and(&m->hold, ~(__u64)MAPPING_MOVED);
+	}
+	count(MAPPINGS_ENDED);
 }
 
-#define MAPPING_HOLD_TRIES 4
-
-/* Takes part in the mapping with that outside port, if it is the endpoint's and is not being deleted.
- *
- * The element may be deleted and its memory become another mapping's at any moment until we
- * hold it. The second lookup says that the word read before was ours, or else was of another
- * id; the swap then says that it still is.
- */
-static __always_inline bool mapping_join(const struct mapping_key *outside,
-					 const struct tuple *original)
+/* Takes part in the mapping, if it is the endpoint's and is not being deleted. */
+static __always_inline bool mapping_join(struct mapping *m, const struct tuple *original,
+					 const struct tuple *reply, __u32 outside)
 {
-	struct mapping *m;
-	__u64 hold;
+	for (int i = 0; i < MAPPING_WAITS; i++) {
+		__u64 hold = mapping_read_hold(m), flows = hold & MAPPING_FLOWS;
 
-	for (int i = 0; i < MAPPING_HOLD_TRIES; i++) {
-		m = bpf_map_lookup_elem(&mappings, outside);
-		if (!m)
-			return false;
-		hold = *(volatile __u64 *)&m->hold;
-		if (!(__u32)hold || m->port != original->sport ||
-		    !addr_equal(&m->addr, &original->src) ||
-		    bpf_map_lookup_elem(&mappings, outside) != m)
+		if (hold & MAPPING_BUSY)
+			continue;
+		if (!flows || flows == MAPPING_FLOWS || !mapping_is(m, original, reply, outside))
 			return false;
 		if (__sync_val_compare_and_swap(&m->hold, hold, hold + 1) == hold)
 			return true;
@@ -65,88 +105,109 @@ static __always_inline bool mapping_join(const struct mapping_key *outside,
  */
 __noinline bool mapping_hold(const struct tuple *original, struct tuple *reply)
 {
-	struct mapping_key key;
+	struct moved_port *moved;
+	struct endpoint key;
 	struct mapping *m;
-	__be16 port;
+	__u32 outside;
 
 	if (!original || !reply)
 		return false;
-	mapping_outside(&key, &reply->dst, original->sport, original->proto);
-	if (mapping_join(&key, original)) {
-		reply->dport = original->sport;
+	reply->dport = original->sport;
+	m = mapping_place(reply, &outside);
+	if (m && mapping_join(m, original, reply, outside))
 		return true;
-	}
-	mapping_inside(&key, original, &reply->dst);
-	m = bpf_map_lookup_elem(&mappings, &key);
-	if (!m)
+	moved_key(&key, original, &reply->dst);
+	moved = bpf_map_lookup_elem(&moved_ports, &key);
+	if (!moved)
 		return false;
-	port = *(volatile __be16 *)&m->port;
-	mapping_outside(&key, &reply->dst, port, original->proto);
-	if (!mapping_join(&key, original))
-		return false;
-	reply->dport = port;
-	return true;
+	reply->dport = *(volatile __be16 *)&moved->port;
+	m = mapping_place(reply, &outside);
+	return m && mapping_join(m, original, reply, outside);
 }
 
+/* Lets go of a mapping that the caller holds. */
 __noinline int mapping_drop(const struct tuple *original, const struct tuple *reply)
 {
-	struct mapping_key key;
 	struct mapping *m;
+	__u32 outside;
 
 	if (!original || !reply)
 		return 0;
-	mapping_outside(&key, &reply->dst, reply->dport, reply->proto);
-	m = bpf_map_lookup_elem(&mappings, &key);
-	if (!m || m->port != original->sport || !addr_equal(&m->addr, &original->src) ||
-	    (__u32)__sync_fetch_and_add(&m->hold, -1) != 1)
-		return 0;
-	if (reply->dport != original->sport) {
-		mapping_inside(&key, original, &reply->dst);
-		m = bpf_map_lookup_elem(&mappings, &key);
-		if (m && m->port == reply->dport)
-			bpf_map_delete_elem(&mappings, &key);
-		mapping_outside(&key, &reply->dst, reply->dport, reply->proto);
-	}
-	bpf_map_delete_elem(&mappings, &key);
-	count(MAPPINGS_ENDED);
+	m = mapping_place(reply, &outside);
+	if (m && mapping_is(m, original, reply, outside))
+		mapping_release(m, original, reply);
 	return 0;
 }
 
 enum mapped {
 	MAPPED,	       /* held, by the port asked for */
 	MAPPED_TAKEN,  /* another endpoint has the port */
-	MAPPED_OTHERS, /* held, but another CPU has just given the endpoint another port */
-	MAPPED_HALF,   /* held, but there is no room for its inside entry */
-	MAPPED_FULL,   /* no memory, or no room */
+	MAPPED_OTHERS, /* not held: another CPU has just given the endpoint another port */
+	MAPPED_FULL,   /* not held: no memory, or no room */
 };
+
+/* Enters the port that the endpoint gets instead of its own. */
+static __always_inline enum mapped moved_enter(const struct tuple *original,
+					       const struct tuple *reply)
+{
+	struct moved_port moved = {.port = reply->dport};
+	struct endpoint key;
+	long err;
+
+	moved_key(&key, original, &reply->dst);
+	err = bpf_map_update_elem(&moved_ports, &key, &moved, BPF_NOEXIST);
+	if (!err)
+		return MAPPED;
+	return err == -17 /* EEXIST */ ? MAPPED_OTHERS : MAPPED_FULL;
+}
+
+/* Takes the place if it is free, and says by which hold; 0: it is not. A CPU that is filling it in is
+ * waited for, since that may be for this very endpoint.
+ */
+static __always_inline __u64 mapping_take(struct mapping *m)
+{
+	for (int i = 0; i < MAPPING_WAITS; i++) {
+		__u64 hold = mapping_read_hold(m), mine = ((hold >> 32) + 1) << 32 | MAPPING_BUSY;
+
+		if (hold & MAPPING_BUSY)
+			continue;
+		if ((__u32)hold)
+			return 0;
+		if (__sync_val_compare_and_swap(&m->hold, hold, mine) == hold)
+			return mine;
+	}
+	return 0;
+}
 
 /* Makes the endpoint's mapping with one port; reply->dport is that port. */
 __noinline enum mapped mapping_make(const struct tuple *original, const struct tuple *reply)
 {
-	struct mapping m = {};
-	struct mapping_key key;
-	long err;
+	enum mapped result = MAPPED;
+	struct mapping *m;
+	__u32 outside;
+	__u64 mine;
+	bool moved;
 
 	if (!original || !reply)
 		return MAPPED_FULL;
-	mapping_outside(&key, &reply->dst, reply->dport, reply->proto);
-	m.addr = original->src;
-	m.port = original->sport;
-	m.hold = (__u64)bpf_get_prandom_u32() << 32 | 1;
-	err = bpf_map_update_elem(&mappings, &key, &m, BPF_NOEXIST);
-	if (err == -17 /* EEXIST */)
-		return mapping_join(&key, original) ? MAPPED : MAPPED_TAKEN;
-	if (err)
+	m = mapping_place(reply, &outside);
+	if (!m)
 		return MAPPED_FULL;
-	if (reply->dport != original->sport) {
-		mapping_inside(&key, original, &reply->dst);
-		m.addr = reply->dst;
-		m.port = reply->dport;
-		m.hold = 0;
-		err = bpf_map_update_elem(&mappings, &key, &m, BPF_NOEXIST);
-	}
+	mine = mapping_take(m);
+	if (!mine)
+		return mapping_join(m, original, reply, outside) ? MAPPED : MAPPED_TAKEN;
+	m->inside = original->src;
+	m->inside_port = original->sport;
+	m->outside_port = reply->dport;
+	m->outside = outside;
+	moved = reply->dport != original->sport;
+	/* with the effect of a release: a swap orders what is before it */
+	__sync_val_compare_and_swap(&m->hold, mine,
+				    mine - MAPPING_BUSY + (moved ? MAPPING_MOVED : 0) + 1);
 	count(MAPPINGS_CREATED);
-	if (!err)
-		return MAPPED;
-	return err == -17 ? MAPPED_OTHERS : MAPPED_HALF;
+	if (moved)
+		result = moved_enter(original, reply);
+	if (result != MAPPED)
+		mapping_release(m, original, reply);
+	return result;
 }

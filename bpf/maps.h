@@ -23,14 +23,25 @@ struct {
 	__type(value, struct half);
 } flows SEC(".maps");
 
-/* Endpoint-independent mappings, two entries each. Written by programs and the expiry. */
+/* Endpoint-independent mappings, by outside port: an array, since a new flow's time goes into
+ * hash elements and their memory. Written by programs and the expiry. The loader sets
+ * max_entries, a power of two.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct mapping);
+} mappings SEC(".maps");
+
+/* What few endpoints need. Written as mappings are; the loader sets max_entries. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 1);
-	__type(key, struct mapping_key);
-	__type(value, struct mapping);
-} mappings SEC(".maps");
+	__type(key, struct endpoint);
+	__type(value, struct moved_port);
+} moved_ports SEC(".maps");
 
 /* Claims in the order they were last checked. A program pushes a flow's claim, the
  * expiry pops and pushes back. The loader sets max_entries.

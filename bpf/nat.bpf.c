@@ -141,6 +141,7 @@ SEC("syscall") int abi(void *context)
 	EMIT(enum unleased);
 	EMIT(enum rules_word);
 	EMIT(enum dnat_kind);
+	EMIT(enum mapping_bits);
 	return ABI_VERSION;
 }
 

@@ -203,6 +203,15 @@ type NATDnatRule struct {
 	Flags      NATDnatFlag
 }
 
+type NATEndpoint struct {
+	_       structs.HostLayout
+	Inside  NATAddr
+	Outside NATAddr
+	Port    uint16
+	Proto   uint8
+	Pad     uint8
+}
+
 type NATExpiry struct {
 	_     structs.HostLayout
 	Timer struct {
@@ -283,29 +292,27 @@ const (
 )
 
 type NATMapping struct {
-	_    structs.HostLayout
-	Addr NATAddr
-	Hold uint64
-	Port uint16
-	Pad  uint16
-	Pad2 uint32
+	_           structs.HostLayout
+	Hold        uint64
+	Inside      NATAddr
+	InsidePort  uint16
+	OutsidePort uint16
+	Outside     uint32
 }
 
-type NATMappingKey struct {
-	_       structs.HostLayout
-	Addr    NATAddr
-	Outside NATAddr
-	Port    uint16
-	Proto   uint8
-	Side    NATMappingSide
-}
-
-type NATMappingSide uint8
+type NATMappingBits uint32
 
 const (
-	NATMappingSideMAPPING_INSIDE  NATMappingSide = 1
-	NATMappingSideMAPPING_OUTSIDE NATMappingSide = 2
+	NATMappingBitsMAPPING_FLOWS NATMappingBits = 16777215
+	NATMappingBitsMAPPING_MOVED NATMappingBits = 16777216
+	NATMappingBitsMAPPING_BUSY  NATMappingBits = 33554432
 )
+
+type NATMovedPort struct {
+	_    structs.HostLayout
+	Port uint16
+	Pad  uint16
+}
 
 type NATOutput struct {
 	_         structs.HostLayout
@@ -378,10 +385,18 @@ type NATPlan struct {
 	Pad             [2]uint8
 	Packets         uint32
 	Bytes           uint32
-	OldClaim        NATTuple
-	OldId           uint32
-	Reason          NATCounter
-	Now             uint32
+	_               [4]byte
+	Lease           struct {
+		_     structs.HostLayout
+		Out   uint16
+		In    uint16
+		Stamp uint32
+	}
+	OldClaim NATTuple
+	OldId    uint32
+	Reason   NATCounter
+	Now      uint32
+	_        [4]byte
 }
 
 type NATPortKey struct {
@@ -530,6 +545,7 @@ const (
 	NATMapFlows            = "flows"
 	NATMapGenerations      = "generations"
 	NATMapMappings         = "mappings"
+	NATMapMovedPorts       = "moved_ports"
 	NATMapNoDnatPorts      = "no_dnat_ports"
 	NATMapNoDnatRanges     = "no_dnat_ranges"
 	NATMapNoRulePrefixes   = "no_rule_prefixes"
@@ -631,6 +647,7 @@ type NATMapSpecs struct {
 	Flows          *ebpf.MapSpec `ebpf:"flows"`
 	Generations    *ebpf.MapSpec `ebpf:"generations"`
 	Mappings       *ebpf.MapSpec `ebpf:"mappings"`
+	MovedPorts     *ebpf.MapSpec `ebpf:"moved_ports"`
 	NoDnatPorts    *ebpf.MapSpec `ebpf:"no_dnat_ports"`
 	NoDnatRanges   *ebpf.MapSpec `ebpf:"no_dnat_ranges"`
 	NoRulePrefixes *ebpf.MapSpec `ebpf:"no_rule_prefixes"`
@@ -686,6 +703,7 @@ type NATMaps struct {
 	Flows          *ebpf.Map `ebpf:"flows"`
 	Generations    *ebpf.Map `ebpf:"generations"`
 	Mappings       *ebpf.Map `ebpf:"mappings"`
+	MovedPorts     *ebpf.Map `ebpf:"moved_ports"`
 	NoDnatPorts    *ebpf.Map `ebpf:"no_dnat_ports"`
 	NoDnatRanges   *ebpf.Map `ebpf:"no_dnat_ranges"`
 	NoRulePrefixes *ebpf.Map `ebpf:"no_rule_prefixes"`
@@ -717,6 +735,7 @@ func (m *NATMaps) Close() error {
 		m.Flows,
 		m.Generations,
 		m.Mappings,
+		m.MovedPorts,
 		m.NoDnatPorts,
 		m.NoDnatRanges,
 		m.NoRulePrefixes,

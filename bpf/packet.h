@@ -137,7 +137,12 @@ static __always_inline bool packet_begin(struct packet *p, struct __sk_buff *skb
 	p->config = bpf_map_lookup_elem(&config, &zero);
 	if (!p->config || !p->config->live)
 		return false;
-	p->now = stamp_now();
 	p->reason = DROP_MALFORMED;
 	return true;
+}
+
+/* Apart, since what was redirected needs no clock where it leaves. */
+static __always_inline void packet_clock(struct packet *p)
+{
+	p->now = stamp_now();
 }

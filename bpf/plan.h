@@ -45,6 +45,7 @@ struct plan {
 	__u8 pad[2];
 	__u32 packets; /* it is, and how long; 0: it is counted later */
 	__u32 bytes;
+	struct lease lease;	/* of the original half, from the beginning */
 	struct tuple old_claim; /* of that flow */
 	__u32 old_id;
 	enum counter reason; /* why no flow was made */
@@ -81,6 +82,7 @@ static __always_inline void plan_begin(const struct packet *p, struct plan *plan
 	plan->packets = 0;
 	plan->bytes = 0;
 	plan->tcp = 0;
+	plan->lease = (struct lease){.stamp = p->now};
 	plan->reason = DROP_ENDING;
 	plan->now = p->now;
 	plan->first = plan->last = bpf_ntohs(p->h.tuple.sport);

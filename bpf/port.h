@@ -116,6 +116,18 @@ __noinline bool port_is_used(struct __sk_buff *skb)
 	return host_has_socket(skb, claim, SOCKET_NOT_LISTENING);
 }
 
+/* Most flows get the first port that is tried, which needs none. */
+static __always_inline bool probe_hash(struct probe *probe)
+{
+	__u32 zero = 0;
+	const struct config *c = bpf_map_lookup_elem(&config, &zero);
+
+	if (!c)
+		return false;
+	probe->hash = keyed_hash(c->secret, (const __u64 *)&probe->plan->original, 5);
+	return true;
+}
+
 static long try_port(__u32 i, void *context)
 {
 	struct probe *probe = context;
@@ -130,6 +142,8 @@ static long try_port(__u32 i, void *context)
 		port = wanted;
 	} else {
 		if (i > probe->size)
+			return 1;
+		if (i == 1 && !probe_hash(probe))
 			return 1;
 		/* a small range is gone through, so that its last free port is found */
 		if (probe->size <= PORT_TRIES)
@@ -149,10 +163,6 @@ static long try_port(__u32 i, void *context)
 			return 0;
 		case MAPPED_OTHERS:
 			probe->result = CLAIM_OTHERS;
-			mapping_drop(&plan->original, claim);
-			return 1;
-		case MAPPED_HALF:
-			mapping_drop(&plan->original, claim);
 			return 1;
 		case MAPPED_FULL: /* then without one */
 			return 1;
@@ -185,20 +195,17 @@ static __always_inline enum claimed claim_mapped(struct plan *plan)
 
 static __always_inline enum claimed claim_probe(struct __sk_buff *skb, struct plan *plan)
 {
-	const struct config *c;
 	struct probe probe = {
 		.skb = skb,
 		.plan = plan,
 		.size = plan->last - plan->first + 1,
 		.result = CLAIM_NONE,
 	};
-	__u32 tries, zero = 0;
+	__u32 tries;
 	__u64 *n;
 
-	c = bpf_map_lookup_elem(&config, &zero);
-	if (!c || !probe.size)
+	if (!probe.size)
 		return CLAIM_NONE;
-	probe.hash = keyed_hash(c->secret, (const __u64 *)&plan->original, 5);
 	bpf_loop(PORT_TRIES + 1, try_port, &probe, 0);
 	if (probe.result == CLAIM_DONE) {
 		tries = probe.tries;

@@ -1,6 +1,7 @@
 package bpf_test
 
 import (
+	"encoding/binary"
 	"net/netip"
 	"slices"
 	"testing"
@@ -110,19 +111,16 @@ func TestMappings(t *testing.T) {
 				again.sends("", "x")
 				again.receives("", "y")
 			}
-			if n := len(elements[bpf.NATMappingKey, bpf.NATMapping](d, d.Mappings)); n != 3 {
-				d.Errorf("%d entries in mappings, want one for each of two endpoints, and one for the port that moved", n)
+			if n, moved := len(d.mappings()), d.moved(); n != 2 || moved != 1 {
+				d.Errorf("%d mappings, %d of them of ports that moved, want one for each of two endpoints, and one that moved", n, moved)
 			}
-			for k, m := range elements[bpf.NATMappingKey, bpf.NATMapping](d, d.Mappings) {
-				if k.Side != bpf.NATMappingSideMAPPING_OUTSIDE {
-					continue
-				}
+			for _, m := range d.mappings() {
 				want := uint32(1)
-				if goAddr(m.Addr, bpf.NATFamily(f.abi())) == f.container {
-					want = uint32(len(worlds))
+				if goAddr(m.Inside, bpf.NATFamily(f.abi())) == f.container {
+					want = uint32(len(worlds)) | uint32(bpf.NATMappingBitsMAPPING_MOVED)
 				}
 				if uint32(m.Hold) != want {
-					d.Errorf("mapping %v is held by %d flows, want %d", m, uint32(m.Hold), want)
+					d.Errorf("mapping %v is held by %x, want %x", m, uint32(m.Hold), want)
 				}
 			}
 		})
@@ -139,6 +137,57 @@ func TestMappings(t *testing.T) {
 			third.receives("", "reply")
 			if n := d.counts().since(before)[bpf.NATCounterPORTS_SHARED]; n != 1 {
 				d.Errorf("ports shared: %d, want 1", n)
+			}
+		})
+	}
+}
+
+// outsideHash is outside_hash() of mapping.h.
+func outsideHash(address netip.Addr, proto uint8) uint32 {
+	bytes := address.As16()
+	var hash uint64
+	for _, word := range []uint64{
+		binary.NativeEndian.Uint64(bytes[:8]), binary.NativeEndian.Uint64(bytes[8:]), uint64(proto),
+	} {
+		hash = (hash ^ word) * 0x9e3779b97f4a7c15
+		hash ^= hash >> 29
+	}
+	return uint32(hash >> 32)
+}
+
+// Two outside ports that meet in one place of the table are never two endpoints' at a time: the
+// second endpoint gets another port, one towards all destinations, and each gets its replies.
+func TestMappingsMeet(t *testing.T) {
+	d := load(t, 64)
+	for _, f := range families {
+		d.each(f.name, func(d *datapath) {
+			host := func(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+			d.setRules(ruleSet{snat: []snatRule{
+				{source: host(f.container), first: f.uplink, last: f.uplink},
+				{source: host(f.other), first: f.second, last: f.second},
+			}})
+			first := uint16(40000)
+			meets := uint16(uint32(first) + outsideHash(f.uplink, protoUDP) - outsideHash(f.second, protoUDP))
+			for meets < 1024 { // another class of ports
+				first += 1000
+				meets += 1000
+			}
+			a := d.path(f, udp).as(f.uplink, 0).by(f.container, first).open()
+			b := d.path(f, udp).as(f.second, 0).by(f.other, meets).open()
+			if a.outside.Port() != first || b.outside.Port() == meets {
+				d.Fatalf("ports %d and %d became %d and %d, want the second one moved", first, meets, a.outside.Port(), b.outside.Port())
+			}
+			for _, c := range []path{a, b} {
+				c.toward(at(f.router, 443)).sends("", "x")
+				c.toward(at(f.router, 443)).receives("", "y")
+				c.receives("", "z")
+			}
+			if n, moved := len(d.mappings()), d.moved(); n != 2 || moved != 1 {
+				d.Errorf("%d mappings, %d of them moved, want 2 and 1", n, moved)
+			}
+			d.emptied()
+			if c := d.path(f, udp).as(f.second, 0).by(f.other, meets).open(); c.outside.Port() != meets {
+				d.Errorf("port %d became %d though its place is free again", meets, c.outside.Port())
 			}
 		})
 	}
@@ -332,8 +381,8 @@ func TestTableFull(t *testing.T) {
 					o.receives("SA", "")
 				}
 				if p.name == udp.name {
-					if n := len(elements[bpf.NATMappingKey, bpf.NATMapping](d, d.Mappings)); n != 8 {
-						d.Errorf("%d entries in mappings, want 8", n)
+					if n := len(d.mappings()); n != 8 {
+						d.Errorf("%d mappings, want 8", n)
 					}
 				}
 			})

@@ -243,9 +243,31 @@ func (d *datapath) startExpiry() {
 	})
 }
 
-func (d *datapath) mappings() int {
+// mappings are the outside ports that endpoints have, by place.
+func (d *datapath) mappings() map[uint32]bpf.NATMapping {
 	d.Helper()
-	return len(elements[bpf.NATMappingKey, bpf.NATMapping](d, d.Mappings))
+	var (
+		cursor ebpf.MapBatchCursor
+		keys   = make([]uint32, places)
+		values = make([]bpf.NATMapping, places)
+	)
+	n, err := d.Mappings.BatchLookup(&cursor, keys, values, nil)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) || n != places {
+		d.Fatalf("%d mappings read: %v", n, err)
+	}
+	used := make(map[uint32]bpf.NATMapping)
+	for i, m := range values {
+		if uint32(m.Hold) != 0 {
+			used[keys[i]] = m
+		}
+	}
+	return used
+}
+
+// moved are the endpoints that have another port than their own.
+func (d *datapath) moved() int {
+	d.Helper()
+	return len(elements[bpf.NATEndpoint, bpf.NATMovedPort](d, d.MovedPorts))
 }
 
 // queued answers whether the expiry's queue has an element.
@@ -265,7 +287,7 @@ func (d *datapath) emptied() {
 	d.configure(func(c *bpf.NATConfig) { c.Timeout = [8]uint32{} })
 	d.startExpiry()
 	d.until("all flows end", time.Minute, func() bool { return d.halves() == 0 })
-	d.until("all mappings end", 20*time.Second, func() bool { return d.mappings() == 0 })
+	d.until("all mappings end", 20*time.Second, func() bool { return len(d.mappings()) == 0 && d.moved() == 0 })
 	d.until("the queue empties", 20*time.Second, func() bool { return !d.queued() })
 }
 
@@ -299,11 +321,11 @@ func TestExpiry(t *testing.T) {
 		c.receives("S", "")
 		stay = append(stay, c)
 	}
-	if n := d.mappings(); n == 0 {
+	if n := len(d.mappings()); n == 0 {
 		t.Error("no mappings")
 	}
 	d.until("UDP and ICMP flows end", 20*time.Second, func() bool { return d.halves() == 2*(2*each+2) })
-	if n := d.mappings(); n != 0 {
+	if n := len(d.mappings()); n != 0 {
 		t.Errorf("%d mappings stay", n)
 	}
 	for _, c := range stay {

@@ -11,6 +11,7 @@
 #include "lease.h"
 #include "open.h"
 #include "parse.h"
+#include "sender.h"
 
 static __always_inline enum verdict translate(struct packet *p, const struct found *f)
 {
@@ -119,7 +120,10 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 
 	p->bridge = from;
 	p->uplink = p->skb->ifindex;
-	if (is_redirected(p) || is_own(p, l3))
+	if (is_redirected(p))
+		return PASS;
+	packet_clock(p);
+	if (is_own(p, l3))
 		return PASS;
 	parsed = parse(p, l3);
 	if (parsed == PARSED_NOT_IP || is_vlan(p->skb))
@@ -128,7 +132,7 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 		return drop(p, DROP_V4_MAPPED);
 	if (parsed == PARSED_MALFORMED)
 		return is_bridge(from) ? drop(p, DROP_MALFORMED) : PASS;
-	bridge = bridge_of(&p->h.tuple.src);
+	bridge = bridge_of_sender(p, &p->h.tuple.src, from);
 	if (is_local_scope(&p->h)) /* multicast that the host routes, with a container's address */
 		return bridge && from ? drop(p, DROP_MULTICAST) : PASS;
 	if (bridge && from && from != bridge)
@@ -194,6 +198,7 @@ static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
 	if (p->skb->pkt_type != PACKET_HOST || is_vlan(p->skb))
 		return PASS;
 	p->uplink = p->skb->ifindex;
+	packet_clock(p);
 	v = l3 ? fast_from_uplink(p) : fast_from_l3(p);
 	if (v != GO_ON)
 		return v;

@@ -165,7 +165,7 @@ func (a *attachment) install() (err error) {
 	}
 	keepNeeded(spec, slices.ContainsFunc(a.named, func(d device) bool { return d.L3 }), a.fast)
 	config := a.opts.config(maps.Config{NetnsCookie: a.cookie}, a.fast)
-	loaded, err := loadNew(spec, config.MaxFlows)
+	loaded, err := loadNew(spec, config.MaxFlows, a.opts.Preallocate)
 	if err != nil {
 		return err
 	}

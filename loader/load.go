@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/bits"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -15,11 +16,15 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
 
 	"tcnat/bpf"
 )
 
-const minQueue = 1024
+const (
+	minQueue    = 1024
+	minMappings = 1 << 17 // each outside address has 65,536 ports
+)
 
 // ownSpec is what this binary would load, to compare with: not to be changed. Reading it takes
 // longer than all else that most commands do.
@@ -29,9 +34,15 @@ var ownSpec = sync.OnceValues(bpf.LoadNAT)
 func sizes(maxFlows uint32) map[string]uint32 {
 	return map[string]uint32{
 		bpf.NATMapFlows:       2 * maxFlows,
-		bpf.NATMapMappings:    maxFlows,
+		bpf.NATMapMappings:    powerOfTwo(max(minMappings, maxFlows)),
+		bpf.NATMapMovedPorts:  max(1, maxFlows/2),
 		bpf.NATMapExpiryQueue: max(minQueue, maxFlows+maxFlows/4),
 	}
+}
+
+// powerOfTwo is the smallest one that is not below n, or the largest there is.
+func powerOfTwo(n uint32) uint32 {
+	return 1 << min(31, bits.Len32(n-1))
 }
 
 // objects are the maps and programs of one load, by the names in the object file.
@@ -95,8 +106,9 @@ func private(name string) bool {
 	return strings.HasPrefix(name, "no_")
 }
 
-// loadNew loads maps and programs for maxFlows flows.
-func loadNew(spec *ebpf.CollectionSpec, maxFlows uint32) (*objects, error) {
+// loadNew loads maps and programs for maxFlows flows, whose memory is there from the beginning if
+// preallocate says so.
+func loadNew(spec *ebpf.CollectionSpec, maxFlows uint32, preallocate bool) (*objects, error) {
 	if err := rlimit.RemoveMemlock(); err != nil { // kernels before 5.11 account there
 		return nil, fmt.Errorf("memlock limit: %w", known(err))
 	}
@@ -107,8 +119,27 @@ func loadNew(spec *ebpf.CollectionSpec, maxFlows uint32) (*objects, error) {
 		}
 		m.MaxEntries = entries
 	}
+	if preallocate {
+		spec.Maps[bpf.NATMapFlows].Flags &^= unix.BPF_F_NO_PREALLOC
+	}
+	withoutInnerTypes(spec)
 	return load(spec, nil)
 }
+
+// withoutInnerTypes lets later inner maps, which are made without BTF, take the place of the first ones:
+// before 6.3 the kernel takes a map without BTF for another kind than one with it (bpf_map_meta_equal).
+func withoutInnerTypes(spec *ebpf.CollectionSpec) {
+	for name, m := range spec.Maps {
+		if strings.HasPrefix(name, "no_") {
+			m.Key, m.Value = nil, nil
+		}
+		if m.InnerMap != nil {
+			m.InnerMap.Key, m.InnerMap.Value = nil, nil
+		}
+	}
+}
+
+func preallocated(flows *ebpf.Map) bool { return flows.Flags()&unix.BPF_F_NO_PREALLOC == 0 }
 
 // loadOnto loads the programs onto the maps that are there.
 func loadOnto(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) (*objects, error) {
@@ -120,6 +151,7 @@ func loadOnto(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) (*objects, e
 			m.MaxEntries = have[name].MaxEntries()
 		}
 	}
+	spec.Maps[bpf.NATMapFlows].Flags = have[bpf.NATMapFlows].Flags()
 	return load(spec, have)
 }
 

@@ -77,6 +77,7 @@ type AttachOptions struct {
 	Mode             AttachMode
 	NoMasquerade     bool           // make no SNAT rules for the bridges' subnets: containers are routed
 	MaxFlows         uint32         // 0: as it is, DefaultMaxFlows at first
+	Preallocate      bool           // the flows' memory is taken at once, not as they come; false: as it is
 	AllowDirect      bool           // containers can be reached by their own address
 	NoIsolation      bool           // the bridges reach each other
 	PassUnmanaged    bool           // containers' traffic may leave by devices that are not named

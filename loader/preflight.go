@@ -214,9 +214,9 @@ func checkMemory(proc string) []Finding {
 	return findings
 }
 
-// flowMemory is about what the tables take for so many flows: two halves, two sides of a
-// mapping and the expiry's entry.
+// flowMemory is about what the tables take for so many flows: two halves, their buckets, a mapping and the
+// expiry's entry.
 func flowMemory(flows uint64) uint64 {
-	const half, mapping, entry = 192, 128, 60
-	return flows * (2*half + 2*mapping + entry)
+	const half, bucket, mapping, entry = 192, 16, 32, 60
+	return flows * (2*(half+bucket) + mapping + entry)
 }

@@ -260,6 +260,46 @@ func TestDamage(t *testing.T) {
 	}
 }
 
+// TestPreallocate: the flows' memory is taken at once if that is asked for at first, and upgrades
+// keep the tables as they are.
+func TestPreallocate(t *testing.T) {
+	h := newHost(t)
+	taken := func() uint64 {
+		d, err := Open(h.inst)
+		must(t, err)
+		defer d.Close()
+		info, err := d.tables.maps[bpf.NATMapFlows].Info()
+		must(t, err)
+		bytes, ok := info.Memlock()
+		if !ok {
+			t.Skip("the kernel does not say what a map takes")
+		}
+		return bytes
+	}
+	opts := h.options(TCX)
+	opts.MaxFlows = 20000
+	if h.attach(opts).Preallocated {
+		t.Error("preallocated without being asked")
+	}
+	empty := taken()
+	opts.Preallocate = true
+	if _, err := Attach(context.Background(), h.inst, opts, nil); !errors.Is(err, ErrConflict) {
+		t.Errorf("preallocate tables that are there: %v, want %v", err, ErrConflict)
+	}
+	h.detach()
+	if !h.attach(opts).Preallocated {
+		t.Error("not preallocated")
+	}
+	if full := taken(); full < empty+40000*(48+40+96) {
+		t.Errorf("40,000 halves take %d bytes, %d without preallocation", full, empty)
+	}
+	opts.Preallocate, opts.Spec = false, small(1)
+	if !h.attach(opts).Preallocated {
+		t.Error("not preallocated after an upgrade")
+	}
+	h.detach()
+}
+
 // TestFlowsSurviveUpgrade: what is in the maps before is in them after.
 func TestFlowsSurviveUpgrade(t *testing.T) {
 	h := newHost(t)
@@ -275,8 +315,7 @@ func TestFlowsSurviveUpgrade(t *testing.T) {
 	d, err := OpenForWrite(h.inst)
 	must(t, err)
 	for i := range uint16(10) {
-		key := bpf.NATMappingKey{Port: i + 1, Proto: 17, Side: bpf.NATMappingSideMAPPING_INSIDE}
-		must(t, d.tables.maps[bpf.NATMapMappings].Put(key, bpf.NATMapping{Hold: uint64(i)}))
+		must(t, d.tables.maps[bpf.NATMapMappings].Put(uint32(i), bpf.NATMapping{Hold: 1}))
 	}
 	must(t, d.Close())
 	opts := h.options(TCX)

@@ -9,21 +9,23 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
+	"tcnat/bpf"
 	"tcnat/maps"
 )
 
 // Status is what is attached where, and how.
 type Status struct {
-	Instance    string
-	Pins        string // directory
-	Live        bool   // false: an attach or detach was interrupted, the programs pass every packet on
-	NetnsCookie uint64
-	Config      maps.Config
-	FastPath    FastPathStatus
-	Devices     []DeviceStatus // bridges first, then by name
-	Ports       []PortStatus   // of the bridges, by bridge and name
-	Unmanaged   []UnmanagedDevice
-	Problems    []string // one line each: what is wrong and what to do
+	Instance     string
+	Pins         string // directory
+	Live         bool   // false: an attach or detach was interrupted, the programs pass every packet on
+	NetnsCookie  uint64
+	Config       maps.Config
+	Preallocated bool // the flows' memory is taken already, whether there are any or not
+	FastPath     FastPathStatus
+	Devices      []DeviceStatus // bridges first, then by name
+	Ports        []PortStatus   // of the bridges, by bridge and name
+	Unmanaged    []UnmanagedDevice
+	Problems     []string // one line each: what is wrong and what to do
 }
 
 // DeviceStatus is one device that has programs.
@@ -64,6 +66,7 @@ func (d *Datapath) Status() (Status, error) {
 		return s, err
 	}
 	s.Config, s.Live, s.NetnsCookie = config, config.Live, config.NetnsCookie
+	s.Preallocated = preallocated(d.tables.maps[bpf.NATMapFlows])
 	if !s.Live {
 		s.Problems = append(s.Problems, "not in effect, since an attach or a detach was interrupted: run it again")
 	}

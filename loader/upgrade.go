@@ -35,6 +35,9 @@ func (a *attachment) upgrade() (err error) {
 		return fmt.Errorf("%s: max flows %d: %w: its tables were made for %d: run tcnat detach first",
 			a.inst, config.MaxFlows, ErrConflict, typed.Flows.MaxEntries()/2)
 	}
+	if a.opts.Preallocate && !preallocated(typed.Flows) {
+		return fmt.Errorf("%s: preallocate: %w: its tables take memory as flows come: run tcnat detach first", a.inst, ErrConflict)
+	}
 	if err := p.make(); err != nil { // an empty directory that somebody removed
 		return err
 	}

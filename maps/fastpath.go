@@ -130,7 +130,7 @@ func (s *State) Usage() (Usage, error) {
 	}
 	j := judge{now: stampOf(now), fastPath: FastPath(raw.FastPath)}
 	var u Usage
-	halves, sides := 0, 0
+	halves := 0
 	err = readAll(s.m.Flows, func(_ bpf.NATTuple, h bpf.NATHalf) {
 		halves++
 		if j.fastPath == FastPathOff || !j.holds(h) {
@@ -145,9 +145,7 @@ func (s *State) Usage() (Usage, error) {
 	if err != nil {
 		return Usage{}, fmt.Errorf("count flows: %w", err)
 	}
-	if err := readAll(s.m.Mappings, func(bpf.NATMappingKey, bpf.NATMapping) { sides++ }); err != nil {
-		return Usage{}, fmt.Errorf("count mappings: %w", err)
-	}
-	u.Flows, u.Mappings = halves/2, sides/2
-	return u, nil
+	u.Flows = halves / 2
+	u.Mappings, err = s.countMappings()
+	return u, err
 }

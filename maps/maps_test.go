@@ -31,7 +31,7 @@ func load(t testing.TB, out any) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{bpf.NATMapFlows, bpf.NATMapMappings, bpf.NATMapExpiryQueue} {
+	for _, name := range []string{bpf.NATMapFlows, bpf.NATMapMappings, bpf.NATMapMovedPorts, bpf.NATMapExpiryQueue} {
 		spec.Maps[name].MaxEntries = testFlows
 	}
 	if err := spec.LoadAndAssign(out, nil); err != nil {

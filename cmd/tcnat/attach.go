@@ -84,6 +84,7 @@ type attachWords struct {
 	mode         once[loader.AttachMode]
 	noMasquerade bool
 	maxFlows     once[uint32]
+	preallocate  bool
 	isolate      bool
 	allowDirect  bool
 	unmanaged    once[bool]
@@ -97,6 +98,7 @@ func (w *attachWords) bind(cmd *cobra.Command) {
 	bindMany(fs, &w.uplinks, "uplink", "", "IF", "the device IF by which containers' traffic leaves the host; repeats", parseDevice)
 	fs.BoolVar(&w.noMasquerade, "no-masquerade", false, "add no rules: what no rule translates keeps its address")
 	bindOnce(fs, &w.maxFlows, "max-flows", "", "N", "room for N flows (default 131072)", parseMaxFlows)
+	fs.BoolVar(&w.preallocate, "preallocate", false, "take the flows' memory at once, not as they come: new flows are made faster")
 	fs.BoolVar(&w.isolate, "isolate", true, "keep managed bridges apart from each other")
 	fs.BoolVar(&w.allowDirect, "allow-direct", false, "let the world reach containers by their own addresses")
 	bindOnce(fs, &w.unmanaged, "unmanaged-devices", "", "drop|pass",
@@ -126,6 +128,7 @@ func (w *attachWords) options() (loader.AttachOptions, error) {
 		Mode:          w.mode.value,
 		NoMasquerade:  w.noMasquerade,
 		MaxFlows:      w.maxFlows.value,
+		Preallocate:   w.preallocate,
 		AllowDirect:   w.allowDirect,
 		NoIsolation:   !w.isolate,
 		PassUnmanaged: w.unmanaged.value,

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tcnat/internal/lab"
+	"tcnat/loader"
 )
 
 // refused is a command line that fails: what it says, and with which exit code.
@@ -195,10 +196,11 @@ func TestNoBTF(t *testing.T) {
 
 // A damaged pin directory: everything says what to do, and detach cleans up.
 func TestCorruptPins(t *testing.T) {
+	version := fmt.Sprintf("v%d", loader.ABIVersion)
 	for name, damage := range map[string]func(dir string) error{
-		"no flows":   func(dir string) error { return os.Remove(filepath.Join(dir, "v1", "maps", "flows")) },
-		"no maps":    func(dir string) error { return os.RemoveAll(filepath.Join(dir, "v1", "maps")) },
-		"no version": func(dir string) error { return os.RemoveAll(filepath.Join(dir, "v1")) },
+		"no flows":   func(dir string) error { return os.Remove(filepath.Join(dir, version, "maps", "flows")) },
+		"no maps":    func(dir string) error { return os.RemoveAll(filepath.Join(dir, version, "maps")) },
+		"no version": func(dir string) error { return os.RemoveAll(filepath.Join(dir, version)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHost(t, lab.Options{})
@@ -206,7 +208,7 @@ func TestCorruptPins(t *testing.T) {
 			if err := damage(h.instance.Dir()); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := os.Stat(filepath.Join(h.instance.Dir(), "v1", "links")); err != nil {
+			if _, err := os.Stat(filepath.Join(h.instance.Dir(), version, "links")); err != nil {
 				h.waitUntilDetached()
 			}
 			for _, line := range []string{

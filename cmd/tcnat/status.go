@@ -178,6 +178,8 @@ type (
 		Count    int    `json:"count"`
 		Max      uint32 `json:"max"`
 		Mappings int    `json:"mappings"`
+
+		Preallocated bool `json:"preallocated"`
 	}
 	expiryEntry struct {
 		AgeSeconds     float64 `json:"age_seconds"`
@@ -222,7 +224,7 @@ func (r *report) entry() statusEntry {
 			Timeouts:         timeoutTexts(r.Config.Timeouts),
 		},
 		Rules: rulesEntry{SNAT: r.snat, DNAT: r.dnat},
-		Flows: flowsEntry{Count: r.usage.Flows, Max: r.Config.MaxFlows, Mappings: r.usage.Mappings},
+		Flows: flowsEntry{Count: r.usage.Flows, Max: r.Config.MaxFlows, Mappings: r.usage.Mappings, Preallocated: r.Preallocated},
 		Expiry: expiryEntry{
 			AgeSeconds:     r.expiry.LastTick.Seconds(),
 			Ticks:          r.expiry.Ticks,

@@ -38,7 +38,7 @@ func (r *report) writeSummary(w io.Writer) error {
 		{"instance", r.Instance + ", " + state},
 		{"pins", r.Pins},
 		{"rules", fmt.Sprintf("%d snat, %d dnat", r.snat, r.dnat)},
-		{"flows", fmt.Sprintf("%d of at most %d", r.usage.Flows, r.Config.MaxFlows)},
+		{"flows", r.flowsText()},
 		{"fast path", r.fastPathText()},
 		{"expiry", expiry},
 		{"options", r.optionsText()},
@@ -55,6 +55,14 @@ func (r *report) fastPathText() string {
 	}
 	return fmt.Sprintf("%s; flows on it: %d out, %d in; so far %s redirected, %s granted",
 		text, r.usage.FastOut, r.usage.FastIn, count(int(r.FastPath.Redirected), "packet"), count(int(r.FastPath.Granted), "lease"))
+}
+
+func (r *report) flowsText() string {
+	text := fmt.Sprintf("%d of at most %d", r.usage.Flows, r.Config.MaxFlows)
+	if r.Preallocated {
+		text += ", their memory is taken already"
+	}
+	return text
 }
 
 func (r *report) optionsText() string {

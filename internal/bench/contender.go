@@ -21,6 +21,8 @@ const (
 	tcnatLeased      = "tcnat-established"
 	tcnatAlways      = "tcnat-always"
 	tcnatNoPorts     = "tcnat-noports"
+	tcnatLeasedPre   = "tcnat-established-preallocated"
+	tcnatAlwaysPre   = "tcnat-always-preallocated"
 	measuredMaxFlows = 1 << 20 // room in tcnat's tables in a full run
 )
 

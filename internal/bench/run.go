@@ -87,6 +87,7 @@ func measurements() []measurement {
 	inward := without(packets, redirectNeigh)
 	states := []string{plain, iptables, nftables, tcnatOff, tcnatLeased, tcnatAlways, tcnatNoPorts}
 	grounded := append(slices.Clone(states), floor)
+	opening := append(slices.Clone(grounded), tcnatLeasedPre, tcnatAlwaysPre)
 	tcp := append(slices.Clone(states), dockerProxy)
 	return []measurement{
 		{"out", "established packets/s, container to world", packets, establishedRun(false, false, packets)},
@@ -94,7 +95,7 @@ func measurements() []measurement {
 		{"out-partial", "established packets/s, container to world, checksums left to the device", packets, establishedRun(false, true, packets)},
 		{"in-partial", "established packets/s, world to container, checksums left to the device", inward, establishedRun(true, true, inward)},
 		{"flows", "packets/s by the number of answered flows, container to world", grounded, flowsRun(grounded)},
-		{"new", "new flows/s, container to world", grounded, newRun(grounded)},
+		{"new", "new flows/s, container to world", opening, newRun(opening)},
 		{"crr", "TCP connect, request, close: connections/s to a published port", tcp, connectionsRun(tcp)},
 		{"stream", "TCP stream by a published port", tcp, streamRun(tcp)},
 		{"rtt", "round trip of a datagram, container to world and back", states, latencyRun(states)},

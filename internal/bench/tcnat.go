@@ -30,6 +30,10 @@ func tcnatImplementations() []implementation {
 		{tcnatAlways, "tcnat, fast path from the first packet", loader.AttachOptions{FastPath: loader.FastPathAlways}},
 		{tcnatNoPorts, "tcnat, fast path for established flows, no programs on the bridge's ports",
 			loader.AttachOptions{FastPath: loader.FastPathEstablished, NoPorts: true}},
+		{tcnatLeasedPre, "tcnat-established with the flows' memory taken at attach (--preallocate)",
+			loader.AttachOptions{FastPath: loader.FastPathEstablished, Preallocate: true}},
+		{tcnatAlwaysPre, "tcnat-always with the flows' memory taken at attach (--preallocate)",
+			loader.AttachOptions{FastPath: loader.FastPathAlways, Preallocate: true}},
 	}
 	var all []implementation
 	for _, mode := range modes {

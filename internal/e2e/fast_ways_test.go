@@ -184,13 +184,16 @@ func TestFastMarkSurvives(t *testing.T) {
 			talks := r.talkAll(t, r.Containers[0], talkPort)
 			goOn(talks, false)
 			r.mustBeFast(t, talks)
-			pause(talks)
 			var seen [2]uint64
-			for i := range seen {
-				if err := marks.Lookup(uint32(i), &seen[i]); err != nil {
-					t.Fatal(err)
+			poll(t, "500 packets have passed with their mark", func() bool {
+				for i := range seen {
+					if err := marks.Lookup(uint32(i), &seen[i]); err != nil {
+						t.Fatal(err)
+					}
 				}
-			}
+				return seen[0] >= 500
+			})
+			pause(talks)
 			t.Logf("%d packets with their mark, %d with another", seen[0], seen[1])
 			if seen[0] < 500 || seen[1] > seen[0]/10 { // ARP and the host's own have none
 				t.Errorf("%d packets with their mark, %d with another", seen[0], seen[1])
