@@ -61,8 +61,11 @@ func (a udpAction) packet(v *view, s step) []byte {
 		f.outside += a.otherAddr
 	}
 	own := v.own(f, s.from)
-	if a.toContainer {
+	switch {
+	case a.toContainer:
 		to = v.own(f, within)
+	case s.from == within && a.otherPort != 0:
+		to = v.own(f, without) // not the port that the NAT may have given it in this flow
 	}
 	return s.shape.build(own.Addr(), to.Addr(), unix.IPPROTO_UDP, udpDatagram(own.Port()+a.otherPort, to.Port(), a.payload))
 }
@@ -95,7 +98,7 @@ func (a echoAction) packet(v *view, s step) []byte {
 	if !ok {
 		return nil
 	}
-	kind, id := uint8(echo4), f.inside
+	kind, id := uint8(echo4), v.own(f, s.from).Port()
 	if a.reply {
 		kind = echoReply4
 	}
@@ -147,7 +150,7 @@ type quote uint8
 const (
 	quoteHeard   quote = iota // what the sender has received of the flow
 	quoteSent                 // what the sender itself has sent
-	quoteMangled              // received, with a byte changed somewhere
+	quoteMangled              // received, with a byte of its IP header changed
 	quoteOther                // received, with other ports
 	quoteNoise                // anything
 )
@@ -210,7 +213,7 @@ func (a errorAction) quoted(v *view, s step) []byte {
 	}
 	ip := v.last(s.flow, s.from, a.back, false)
 	if a.what == quoteSent {
-		ip = v.sent[speaker{s.flow, s.from}]
+		ip = v.sent[speaker{s.flow, s.from}].ip
 	}
 	if ip == nil {
 		return nil
@@ -222,10 +225,14 @@ func (a errorAction) quoted(v *view, s step) []byte {
 	}
 	switch a.what {
 	case quoteMangled:
-		ip[int(a.noise[0])%min(len(ip), h.l4+8)] ^= a.noise[1] | 1
+		ip[int(a.noise[0])%h.l4] ^= a.noise[1] | 1
 	case quoteOther:
-		if h.l4+4 <= len(ip) {
-			ip[h.l4+int(a.noise[0]&3)] ^= a.noise[1] | 1
+		at := h.l4 + int(a.noise[0]&3)
+		if isICMP(h.protocol) {
+			at = h.l4 + 4 + int(a.noise[0]&1)
+		}
+		if at < len(ip) {
+			ip[at] ^= a.noise[1] | 1
 		}
 	}
 	if a.cut >= 0 {
@@ -258,5 +265,5 @@ func (a errorAction) String() string {
 // repeatAction sends the side's last packet of the flow once more.
 type repeatAction struct{}
 
-func (repeatAction) packet(v *view, s step) []byte { return v.sent[speaker{s.flow, s.from}] }
+func (repeatAction) packet(v *view, s step) []byte { return v.sent[speaker{s.flow, s.from}].ip }
 func (repeatAction) String() string                { return "the same once more" }

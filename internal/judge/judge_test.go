@@ -25,12 +25,12 @@ var (
 )
 
 const (
-	fixedSeed = 20261123
-	longRun   = 100_000
-	shortRun  = 2000
-	batch     = 2000 // conversations that are held together
-	// maxReports is how many differences are told in full.
-	maxReports = 3
+	fixedSeed   = 20261123
+	longRun     = 100_000
+	shortRun    = 2000
+	batch       = 2000 // conversations that are held together
+	maxReports  = 3    // differences that are told in full; of the others a line says what they are,
+	maxFindings = 200  // and after so many there are no more
 )
 
 // errUnattributed indicates a packet that belongs to no conversation.
@@ -92,7 +92,7 @@ type judge struct {
 	mode     loader.FastPath
 	packets  int
 	known    map[string]int // conversations, by known difference
-	reports  int
+	findings int
 }
 
 func newJudge(t *testing.T, mode loader.FastPath) *judge {
@@ -144,7 +144,7 @@ func (j *judge) hold(t *testing.T, seed uint64, numbers []int) {
 		steps := 0
 		for _, number := range together {
 			s := newScript(seed, number, features{})
-			c := &trial{script: s}
+			c := &trial{script: s, mode: j.mode}
 			for i, w := range j.worlds {
 				c.views[i] = newView(s, w)
 			}
@@ -160,16 +160,17 @@ func (j *judge) hold(t *testing.T, seed uint64, numbers []int) {
 				if c.over || at >= len(c.steps) {
 					continue
 				}
-				if d := c.finish(at); d != nil {
+				d := c.finish(at)
+				if *conversationFlag >= 0 {
+					t.Log(c.report(at))
+				}
+				if d != nil {
 					j.judge(t, seed, d)
 				}
 			}
-			if j.reports >= maxReports {
+			if j.findings >= maxFindings {
 				return
 			}
-		}
-		if *conversationFlag >= 0 {
-			t.Log(trials[together[0]%blocks].script)
 		}
 	}
 }
@@ -248,8 +249,10 @@ func (j *judge) judge(t *testing.T, seed uint64, d *difference) {
 		}
 	}
 	d.over = true
-	j.reports++
-	if j.reports <= maxReports {
+	j.findings++
+	if j.findings > maxReports {
+		t.Errorf("-conversation %d: %s", d.number, d.line())
+	} else {
 		t.Errorf("fast path %s, seed %d: %s\nagain: go test ./internal/judge -run 'TestJudge/%s' -seed %d -conversation %d",
 			j.mode, seed, d, j.mode, seed, d.number)
 	}

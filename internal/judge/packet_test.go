@@ -118,6 +118,9 @@ const (
 	badHeaderChecksum        // of IPv4
 )
 
+// wrongBy is what is added to what a bad checksum covers.
+const wrongBy = 0x5a5a
+
 // shape is what a packet has besides its transport header.
 type shape struct {
 	ttl, tos   uint8
@@ -178,10 +181,12 @@ func (s shape) build(src, dst netip.Addr, protocol uint8, segment []byte) []byte
 	}
 	from, to := addresses(ip)
 	setChecksum(from, to, protocol, ip[at:])
-	if field := checksumAt(protocol); s.damage == badChecksum && field >= 0 && at+field+1 < len(ip) {
-		ip[at+field+1] ^= 0x5a
-		if protocol == unix.IPPROTO_UDP && ip[at+field]|ip[at+field+1] == 0 {
-			ip[at+field] = 1
+	if field := checksumAt(protocol); s.damage == badChecksum && field >= 0 && at+field+2 <= len(ip) {
+		// as wrong as it is, whatever ports the NAT has chosen
+		sum := binary.BigEndian.Uint16(ip[at+field:])
+		adjustAt(ip, at+field, 0, wrongBy)
+		if protocol == unix.IPPROTO_UDP && binary.BigEndian.Uint16(ip[at+field:]) == 0 {
+			binary.BigEndian.PutUint16(ip[at+field:], sum-1)
 		}
 	}
 	return ip

@@ -269,6 +269,9 @@ func (t *talk) message(from side) {
 	m := messageAction{rest: t.Uint32(), payload: t.payload(40)}
 	if t.family == lab.IPv4 {
 		m.kind = []uint8{13, 14, 15, 17, 6, 30, 42, 200}[t.IntN(8)]
+		if from == without && m.kind == 13 {
+			m.kind = 14 // the host would answer with its time
+		}
 	} else {
 		m.kind = []uint8{5, 100, 127, 139, 140, 144, 160, 200}[t.IntN(8)]
 	}

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"tcnat/loader"
 )
 
 // The two worlds, by number.
@@ -18,7 +20,9 @@ const (
 type trial struct {
 	*script
 	views [worldCount]*view
+	mode  loader.FastPath // of tcnat
 	over  bool
+	tcp   map[int]*connection // by flow
 
 	// of the step that is being done
 	sent    [worldCount][]byte
@@ -28,8 +32,8 @@ type trial struct {
 // difference is what a step came to, where that is not the same in both worlds.
 type difference struct {
 	*trial
-	at     int // step
-	step   step
+	at     int                            // step
+	step   step                           // or that which it repeats
 	normal [worldCount][endCount][][]byte // what arrived, normalized
 	faults [worldCount][]string
 }
@@ -52,18 +56,21 @@ func (c *trial) finish(at int) *difference {
 	s := c.steps[at]
 	f := c.flows[s.flow]
 	d := &difference{trial: c, at: at, step: s}
+	who := speaker{s.flow, s.from}
+	if _, again := s.act.(repeatAction); again {
+		d.step = c.views[netfilter].sent[who].step
+	}
 	same := true
 	for i, v := range c.views {
 		if c.sent[i] == nil {
 			return nil
 		}
-		v.sent[speaker{s.flow, s.from}] = c.sent[i]
+		v.sent[who] = said{c.sent[i], d.step}
 		for end, packets := range c.arrived[i] {
 			for _, ip := range packets {
 				if s.from == f.initiator() && end == f.endOf(s.from.other()) {
 					v.ports.learn(c.sent[i], ip)
 				}
-				v.hear(end, ip, s)
 				d.normal[i][end] = append(d.normal[i][end], v.ports.normalize(ip, end == f.endOf(s.from)))
 				for _, fault := range faults(end, ip, c.sent[i]) {
 					d.faults[i] = append(d.faults[i], fmt.Sprintf("%s: %s", v.world.ends[end].name, fault))
@@ -76,9 +83,42 @@ func (c *trial) finish(at int) *difference {
 		same = same && slices.EqualFunc(d.normal[netfilter][end], d.normal[tcnat][end], bytes.Equal)
 	}
 	if same {
+		c.hear(s)
+		c.note(s)
 		return nil
 	}
 	return d
+}
+
+// hear lets the ends know what has arrived.
+func (c *trial) hear(s step) {
+	for i, v := range c.views {
+		for end, packets := range c.arrived[i] {
+			for _, ip := range packets {
+				v.hear(end, ip, s)
+			}
+		}
+	}
+}
+
+// note keeps track of a connection after a step that went alike in both worlds.
+func (c *trial) note(s step) {
+	f := c.flows[s.flow]
+	if h, ok := parse(c.sent[netfilter]); ok && h.protocol == 6 && f.protocol == 6 {
+		arrived := len(c.arrived[netfilter][f.endOf(s.from.other())]) > 0
+		c.connection(s.flow).see(s.from == f.initiator(), c.sent[netfilter][h.l4+13], arrived)
+	}
+}
+
+// connection is where the TCP connection of a flow is.
+func (c *trial) connection(flow int) *connection {
+	if c.tcp[flow] == nil {
+		if c.tcp == nil {
+			c.tcp = map[int]*connection{}
+		}
+		c.tcp[flow] = &connection{}
+	}
+	return c.tcp[flow]
 }
 
 // count is how many packets arrived at an end of a world.
@@ -96,6 +136,42 @@ func (d *difference) total(world int) (n int) {
 func (d *difference) header() header {
 	h, _ := parse(d.sent[netfilter])
 	return h
+}
+
+// line tells the most of it in a line.
+func (d *difference) line() string {
+	text := d.report(d.at)
+	for i, v := range d.views {
+		if len(d.faults[i]) > 0 {
+			text += fmt.Sprintf("; faults of %s: %s", v.world.name, d.faults[i])
+		}
+	}
+	return text
+}
+
+// report tells in a line what a step came to.
+func (c *trial) report(at int) string {
+	s := c.steps[at]
+	text := fmt.Sprintf("step %d, flow %s, %s: %s%s", at, c.flows[s.flow], s.from, s.act, s.shape)
+	for i, v := range c.views {
+		text += fmt.Sprintf("; %s:", v.world.name)
+		if c.sent[i] == nil {
+			text += " nothing to say"
+			continue
+		}
+		n := 0
+		for end, packets := range c.arrived[i] {
+			for _, ip := range packets {
+				h, _ := parse(ip)
+				text += fmt.Sprintf(" [%s: %s]", v.world.ends[end].name, headline(ip, h))
+				n++
+			}
+		}
+		if n == 0 {
+			text += " nothing arrives"
+		}
+	}
+	return text
 }
 
 // String tells all that is known of it.

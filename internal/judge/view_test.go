@@ -3,6 +3,7 @@ package judge
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 
 	"tcnat/internal/lab"
 )
@@ -22,7 +23,7 @@ type view struct {
 	*script
 	world *world
 	heard [endCount][]heard
-	sent  map[speaker][]byte // the last packet
+	sent  map[speaker]said // the last packet
 	ports ports
 }
 
@@ -32,8 +33,14 @@ type speaker struct {
 	side side
 }
 
+// said is a packet, and the step that it was.
+type said struct {
+	ip   []byte
+	step step
+}
+
 func newView(s *script, w *world) *view {
-	return &view{script: s, world: w, sent: map[speaker][]byte{}, ports: newPorts()}
+	return &view{script: s, world: w, sent: map[speaker]said{}, ports: newPorts()}
 }
 
 // host is the address that the outside knows a container by.
@@ -67,13 +74,21 @@ func (v *view) peer(number int, s side, blind bool) (to netip.AddrPort, ok bool)
 		src, _, ok := endpoints(last)
 		return src, ok
 	}
-	if !blind {
+	if !blind || v.shared(f) {
 		return to, false
 	}
 	if f.inward {
 		return v.own(f, without), true
 	}
 	return netip.AddrPortFrom(host, f.inside), true
+}
+
+// shared tells whether another flow has the same port of another container: then the port by which
+// the outside would reach it may be the other's.
+func (v *view) shared(f flow) bool {
+	return slices.ContainsFunc(v.flows, func(o flow) bool {
+		return o.protocol == f.protocol && o.inside == f.inside && o.container != f.container
+	})
 }
 
 // last is the packet of a flow that a side received last, or back packets before that; nil if
