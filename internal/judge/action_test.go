@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"tcnat/internal/lab"
 )
 
 // tcpAction sends a TCP segment.
@@ -187,13 +189,13 @@ func (a errorAction) packet(v *view, s step) []byte {
 		to = netip.AddrPortFrom(h.src, 0)
 	}
 	protocol := uint8(unix.IPPROTO_ICMP)
-	if v.family == 6 {
+	if v.family == lab.IPv6 {
 		protocol = unix.IPPROTO_ICMPV6
 	}
 	rest := a.rest
 	if a.extended {
 		quoted = append(quoted, make([]byte, 128)...)[:128]
-		if v.family == 6 {
+		if v.family == lab.IPv6 {
 			rest = rest&0x00ffffff | 128/8<<24
 		} else {
 			rest = rest&0xff00ffff | 128/4<<16
@@ -211,7 +213,8 @@ func (a errorAction) quoted(v *view, s step) []byte {
 	if a.what == quoteNoise {
 		return a.noise
 	}
-	ip := v.last(s.flow, s.from, a.back, false)
+	// Not of the host's own that it is too big: the host would learn it, for all conversations.
+	ip := v.last(s.flow, s.from, a.back, v.family == lab.IPv6 && a.kind == 2 || v.family == lab.IPv4 && a.kind == 3 && a.code == 4)
 	if a.what == quoteSent {
 		ip = v.sent[speaker{s.flow, s.from}].ip
 	}

@@ -5,6 +5,7 @@ package judge
 type connection struct {
 	progress progress
 	fins     [2]bool // of the initiator, of the other
+	spoken   bool    // the other has sent something
 }
 
 type progress uint8
@@ -15,7 +16,7 @@ const (
 	answered          // SYN and ACK
 	open              // ACK
 	closed            // FIN both ways, or RST
-	refused           // RST instead of the answer
+	refused           // RST is the first that the other says
 	// astray: the host dropped a segment that changes the state, or the other has sent a SYN where it
 	// may not. conntrack has seen it before routing, tcnat looks at what it translates.
 	astray
@@ -24,8 +25,10 @@ const (
 // see notes a segment. Who begun the flow sends it, or the other; it arrived or did not.
 func (c *connection) see(initiator bool, flags uint8, arrived bool) {
 	opening := flags&(syn|ack|fin|rst) == syn
+	first := !initiator && !c.spoken
+	c.spoken = c.spoken || !initiator
 	switch {
-	case flags&rst != 0 && c.progress == begun && !initiator:
+	case flags&rst != 0 && first:
 		c.progress = refused
 	case opening && !initiator && c.progress != fresh, !arrived && flags&(syn|fin|rst) != 0:
 		c.progress = astray

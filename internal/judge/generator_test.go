@@ -225,6 +225,9 @@ func (g *generator) shape() shape {
 	if g.percent(3) {
 		s.padding = 1 + g.IntN(40)
 	}
+	if g.fragments && g.percent(6) {
+		s.fragment, s.df = 8*(3+g.IntN(20)), false
+	}
 	return s
 }
 
@@ -251,8 +254,8 @@ func (g *generator) options() []byte {
 		return []byte{148, 4, 0, 0}
 	case 2: // record route, room for two
 		return append([]byte{7, 11, 4}, make([]byte, 9)...)
-	case 3: // timestamps, room for two
-		return append([]byte{68, 12, 5, 0}, make([]byte, 8)...)
+	case 3: // timestamps, no room for one more, which routers count
+		return append([]byte{68, 12, 13, 0}, make([]byte, 8)...)
 	case 4: // loose source route
 		return []byte{131, 7, 8, 9, 9, 9, 9, 0}
 	}

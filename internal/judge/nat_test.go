@@ -115,9 +115,9 @@ func useNetfilter(t *testing.T, w *world) {
 	}
 }
 
-// useTcnat makes the host of a world translate by tcnat, by the same rules, and returns how to read
-// the counters that are not zero.
-func useTcnat(t *testing.T, w *world, fast loader.FastPath) (counters func() string) {
+// useTcnat makes the host of a world translate by tcnat, by the same rules with a change (nil: none), and
+// returns how to read the counters that are not zero.
+func useTcnat(t *testing.T, w *world, o loader.AttachOptions, change func(*maps.Rules)) (counters func() string) {
 	t.Helper()
 	inst := loader.Instance{Name: "judge-" + w.Name, RunDir: t.TempDir()}
 	t.Cleanup(func() {
@@ -129,10 +129,9 @@ func useTcnat(t *testing.T, w *world, fast loader.FastPath) (counters func() str
 			t.Errorf("detach: %v", err)
 		}
 	})
+	o.Bridges, o.Uplinks = []string{lab.Bridge}, []string{lab.Uplink}
 	err := w.Host.Do(func() error {
-		_, err := loader.Attach(t.Context(), inst, loader.AttachOptions{
-			Bridges: []string{lab.Bridge}, Uplinks: []string{lab.Uplink}, FastPath: fast,
-		}, slog.New(slog.DiscardHandler))
+		_, err := loader.Attach(t.Context(), inst, o, slog.New(slog.DiscardHandler))
 		return err
 	})
 	if err != nil {
@@ -154,6 +153,9 @@ func useTcnat(t *testing.T, w *world, fast loader.FastPath) (counters func() str
 		}
 		if err := addRules(&rules, w); err != nil {
 			return err
+		}
+		if change != nil {
+			change(&rules)
 		}
 		return d.State().SetRules(rules)
 	})

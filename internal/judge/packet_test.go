@@ -30,7 +30,8 @@ type header struct {
 	v6       bool
 	src, dst netip.Addr
 	protocol uint8
-	l4       int // offset of the transport header
+	l4       int // offset of the transport header, or of a fragment's header
+	last     int // offset of the byte that names the protocol
 	fragment bool
 }
 
@@ -44,7 +45,7 @@ func parse(ip []byte) (h header, ok bool) {
 		h.l4 = int(ip[0]&15) * 4
 		h.src, _ = netip.AddrFromSlice(ip[12:16])
 		h.dst, _ = netip.AddrFromSlice(ip[16:20])
-		h.protocol = ip[9]
+		h.protocol, h.last = ip[9], 9
 		h.fragment = binary.BigEndian.Uint16(ip[6:])&0x3fff != 0
 		return h, h.l4 >= ipv4Size && h.l4 <= len(ip)
 	case 6:
@@ -54,20 +55,20 @@ func parse(ip []byte) (h header, ok bool) {
 		h.v6 = true
 		h.src, _ = netip.AddrFromSlice(ip[8:24])
 		h.dst, _ = netip.AddrFromSlice(ip[24:40])
-		h.protocol, h.l4 = ip[6], ipv6Size
+		h.protocol, h.last, h.l4 = ip[6], 6, ipv6Size
 		for {
 			switch h.protocol {
 			case unix.IPPROTO_HOPOPTS, unix.IPPROTO_DSTOPTS, unix.IPPROTO_ROUTING:
 			case unix.IPPROTO_FRAGMENT:
 				h.fragment = true
-				return h, true
+				return h, h.l4+fragmentHeader <= len(ip)
 			default:
 				return h, h.l4 <= len(ip)
 			}
 			if h.l4+8 > len(ip) {
 				return h, false
 			}
-			h.protocol, h.l4 = ip[h.l4], h.l4+8*(int(ip[h.l4+1])+1)
+			h.protocol, h.last, h.l4 = ip[h.l4], h.l4, h.l4+8*(int(ip[h.l4+1])+1)
 		}
 	}
 	return h, false
@@ -130,6 +131,7 @@ type shape struct {
 	options    []byte // of IPv4, four at a time
 	extensions []extension
 	padding    int // bytes on the wire behind the packet
+	fragment   int // cut into fragments with so many bytes, a multiple of 8; 0: not
 	damage     damage
 }
 

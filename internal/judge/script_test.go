@@ -157,6 +157,9 @@ func (s shape) String() string {
 	if s.padding > 0 {
 		fmt.Fprintf(&b, ", %d bytes of padding", s.padding)
 	}
+	if s.fragment > 0 {
+		fmt.Fprintf(&b, ", in fragments of %d bytes", s.fragment)
+	}
 	switch s.damage {
 	case noChecksum:
 		b.WriteString(", checksum 0")

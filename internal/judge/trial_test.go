@@ -34,6 +34,7 @@ type difference struct {
 	*trial
 	at     int                            // step
 	step   step                           // or that which it repeats
+	again  bool                           // it does
 	normal [worldCount][endCount][][]byte // what arrived, normalized
 	faults [worldCount][]string
 }
@@ -57,7 +58,7 @@ func (c *trial) finish(at int) *difference {
 	f := c.flows[s.flow]
 	d := &difference{trial: c, at: at, step: s}
 	who := speaker{s.flow, s.from}
-	if _, again := s.act.(repeatAction); again {
+	if _, d.again = s.act.(repeatAction); d.again {
 		d.step = c.views[netfilter].sent[who].step
 	}
 	same := true
@@ -66,8 +67,11 @@ func (c *trial) finish(at int) *difference {
 			return nil
 		}
 		v.sent[who] = said{c.sent[i], d.step}
-		for end, packets := range c.arrived[i] {
-			for _, ip := range packets {
+		for end := range c.arrived[i] {
+			if s.shape.fragment > 0 {
+				c.arrived[i][end] = join(c.arrived[i][end])
+			}
+			for _, ip := range c.arrived[i][end] {
 				if s.from == f.initiator() && end == f.endOf(s.from.other()) {
 					v.ports.learn(c.sent[i], ip)
 				}

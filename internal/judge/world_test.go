@@ -80,6 +80,8 @@ func newWorld(t *testing.T, name string) *world {
 			// every error that the host sends is one that the other host sends too
 			"net/ipv4/icmp_msgs_per_sec": "1000000",
 			"net/ipv4/icmp_msgs_burst":   "1000000",
+			// what the host sends itself shall not depend on what ports were chosen
+			"net/ipv6/auto_flowlabels": "0",
 		},
 	})
 	if err != nil {
