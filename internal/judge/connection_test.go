@@ -5,7 +5,8 @@ package judge
 type connection struct {
 	progress progress
 	fins     [2]bool // of the initiator, of the other
-	spoken   bool    // the other has sent something
+	spoken   [2]bool // the same
+	reversed bool    // the other has sent the first segment
 }
 
 type progress uint8
@@ -16,7 +17,7 @@ const (
 	answered          // SYN and ACK
 	open              // ACK
 	closed            // FIN both ways, or RST
-	refused           // RST is the first that the other says
+	refused           // RST before both have said something
 	// astray: the host dropped a segment that changes the state, or the other has sent a SYN where it
 	// may not. conntrack has seen it before routing, tcnat looks at what it translates.
 	astray
@@ -25,10 +26,13 @@ const (
 // see notes a segment. Who begun the flow sends it, or the other; it arrived or did not.
 func (c *connection) see(initiator bool, flags uint8, arrived bool) {
 	opening := flags&(syn|ack|fin|rst) == syn
-	first := !initiator && !c.spoken
-	c.spoken = c.spoken || !initiator
+	both := c.spoken == [2]bool{true, true}
+	if c.spoken == [2]bool{} {
+		c.reversed = !initiator
+	}
+	c.spoken[by(initiator)] = true
 	switch {
-	case flags&rst != 0 && first:
+	case flags&rst != 0 && !both:
 		c.progress = refused
 	case opening && !initiator && c.progress != fresh, !arrived && flags&(syn|fin|rst) != 0:
 		c.progress = astray
@@ -51,15 +55,26 @@ func (c *connection) see(initiator bool, flags uint8, arrived bool) {
 	}
 }
 
+// by is 0 for who has begun the flow, 1 for the other.
+func by(initiator bool) int {
+	if initiator {
+		return 0
+	}
+	return 1
+}
+
+// drop notes that the first packet of a flow did not arrive.
+func (c *connection) drop() {
+	if c.spoken == [2]bool{} {
+		c.progress = astray
+	}
+}
+
 func (c *connection) finish(initiator bool, flags uint8) {
 	if flags&fin == 0 {
 		return
 	}
-	if initiator {
-		c.fins[0] = true
-	} else {
-		c.fins[1] = true
-	}
+	c.fins[by(initiator)] = true
 	if c.fins[0] && c.fins[1] {
 		c.progress = closed
 	}

@@ -2,6 +2,7 @@ package judge
 
 import (
 	"bytes"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -36,9 +37,10 @@ func knownDifferences() []knownDifference {
 			matches: refusedConnection,
 		},
 		{
-			name: "connection gone astray",
-			why: "TCP window checks: conntrack looks at a segment before routing, and its state changes also where " +
-				"the host drops the segment then. tcnat looks at those that leave.",
+			name: "flow gone astray",
+			why: "The host drops a packet (TTL, options) that changes the flow's state. conntrack's TCP state changes " +
+				"before routing, tcnat's where the packet leaves; a new flow is kept by conntrack when its first " +
+				"packet leaves, by tcnat, if it comes from outside, before routing.",
 			matches: goneAstray,
 		},
 		{
@@ -46,6 +48,12 @@ func knownDifferences() []knownDifference {
 			why: "Port choice: where netfilter chose a port, it is for one destination. tcnat uses one port " +
 				"for all (RFC 4787 REQ-1), so that another one that the container speaks to reaches it by that port.",
 			matches: mappingByDestination,
+		},
+		{
+			name: "a published port chosen",
+			why: "Port choice: netfilter may choose a published port for a container's flow, and what others send to " +
+				"it is for the server then. tcnat does not choose such ports.",
+			matches: publishedPortChosen,
 		},
 		{
 			name: "short quote",
@@ -109,8 +117,8 @@ func knownDifferences() []knownDifference {
 		},
 		{
 			name: "a published port calls back",
-			why: "judge 4: a SYN of a container, on the tuple of a connection to its published port that is over, " +
-				"is dropped (counted as ending) until the old flow is deleted. netfilter begins a new flow.",
+			why: "judge 4: where a connection with a published port is over, a SYN on the same tuple from the side that had " +
+				"not begun it is dropped (counted as ending) until the old flow is deleted. netfilter begins a new flow.",
 			matches: publishedCallsBack,
 		},
 		{
@@ -167,15 +175,25 @@ func goneAstray(d *difference) bool {
 
 func publishedCallsBack(d *difference) bool {
 	h := d.header()
-	return h.protocol == unix.IPPROTO_TCP && d.step.from == within && d.flows[d.step.flow].inward &&
-		d.sent[netfilter][h.l4+13]&(syn|ack|rst) == syn && d.delivered(netfilter) && d.total(tcnat) == 0
+	if h.protocol != unix.IPPROTO_TCP || !d.flows[d.step.flow].inward || d.total(netfilter) == 0 || d.total(tcnat) != 0 {
+		return false
+	}
+	return d.sent[netfilter][h.l4+13]&(syn|ack|rst) == syn && (d.step.from == within || d.connection(d.step.flow).reversed)
+}
+
+func publishedPortChosen(d *difference) bool {
+	_, to, ok := endpoints(d.sent[netfilter])
+	return ok && d.step.from == without && !d.flows[d.step.flow].inward && len(d.views[netfilter].ports.endpoints) > 0 &&
+		slices.ContainsFunc(published(), func(p publishedPort) bool {
+			return p.protocol == d.header().protocol && to.Port() >= p.port && to.Port() < p.port+p.ports
+		})
 }
 
 func mappingByDestination(d *difference) bool {
 	u, ok := d.step.act.(udpAction)
 	elsewhere := d.again || u.blind || u.otherPort != 0 || u.otherAddr != 0
 	return ok && d.step.from == without && elsewhere && len(d.views[netfilter].ports.endpoints) > 0 &&
-		!d.delivered(netfilter) && d.delivered(tcnat)
+		!d.delivered(netfilter) && (d.delivered(tcnat) || d.bounced(tcnat) && d.step.shape.ttl <= 1)
 }
 
 func shortQuote(d *difference) bool {

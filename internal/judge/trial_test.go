@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"tcnat/loader"
 )
 
@@ -22,7 +24,7 @@ type trial struct {
 	views [worldCount]*view
 	mode  loader.FastPath // of tcnat
 	over  bool
-	tcp   map[int]*connection // by flow
+	flow  map[int]*connection // by number
 
 	// of the step that is being done
 	sent    [worldCount][]byte
@@ -108,21 +110,31 @@ func (c *trial) hear(s step) {
 // note keeps track of a connection after a step that went alike in both worlds.
 func (c *trial) note(s step) {
 	f := c.flows[s.flow]
-	if h, ok := parse(c.sent[netfilter]); ok && h.protocol == 6 && f.protocol == 6 {
-		arrived := len(c.arrived[netfilter][f.endOf(s.from.other())]) > 0
-		c.connection(s.flow).see(s.from == f.initiator(), c.sent[netfilter][h.l4+13], arrived)
+	h, ok := parse(c.sent[netfilter])
+	if !ok || h.protocol != f.protocol || isICMP(h.protocol) {
+		return
+	}
+	flow := c.connection(s.flow)
+	arrived := len(c.arrived[netfilter][f.endOf(s.from.other())]) > 0
+	switch {
+	case h.protocol == unix.IPPROTO_TCP:
+		flow.see(s.from == f.initiator(), c.sent[netfilter][h.l4+13], arrived)
+	case arrived:
+		flow.spoken[by(s.from == f.initiator())] = true
+	default:
+		flow.drop()
 	}
 }
 
-// connection is where the TCP connection of a flow is.
+// connection is where a flow is.
 func (c *trial) connection(flow int) *connection {
-	if c.tcp[flow] == nil {
-		if c.tcp == nil {
-			c.tcp = map[int]*connection{}
+	if c.flow[flow] == nil {
+		if c.flow == nil {
+			c.flow = map[int]*connection{}
 		}
-		c.tcp[flow] = &connection{}
+		c.flow[flow] = &connection{}
 	}
-	return c.tcp[flow]
+	return c.flow[flow]
 }
 
 // count is how many packets arrived at an end of a world.
