@@ -32,7 +32,7 @@ func (c *connection) see(initiator bool, flags uint8, arrived bool) {
 	}
 	c.spoken[by(initiator)] = true
 	switch {
-	case flags&rst != 0 && !both:
+	case flags&rst != 0 && (!both || c.reversed): // then there may be two flows, one each way
 		c.progress = refused
 	case opening && !initiator && c.progress != fresh, !arrived && flags&(syn|fin|rst) != 0:
 		c.progress = astray

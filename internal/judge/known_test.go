@@ -56,6 +56,13 @@ func knownDifferences() []knownDifference {
 			matches: publishedPortChosen,
 		},
 		{
+			name: "about the port before",
+			why: "Port choice: netfilter chooses a port anew for each connection, tcnat keeps it for one that takes the " +
+				"place of another on the same tuple. So errors about the connection before reach the container.",
+			matches: aboutPortBefore,
+			goesOn:  true,
+		},
+		{
 			name: "short quote",
 			why: "conntrack wants 8 bytes behind the quoted IP header, and for tcnat the ports are enough. " +
 				"RFC 792 has everybody quote 8.",
@@ -194,6 +201,12 @@ func mappingByDestination(d *difference) bool {
 	elsewhere := d.again || u.blind || u.otherPort != 0 || u.otherAddr != 0
 	return ok && d.step.from == without && elsewhere && len(d.views[netfilter].ports.endpoints) > 0 &&
 		!d.delivered(netfilter) && (d.delivered(tcnat) || d.bounced(tcnat) && d.step.shape.ttl <= 1)
+}
+
+func aboutPortBefore(d *difference) bool {
+	_, ok := d.isError()
+	return ok && d.views[netfilter].ports.outdated(d.sent[netfilter][d.header().l4+icmpSize:]) &&
+		d.total(netfilter) == 0 && d.delivered(tcnat)
 }
 
 func shortQuote(d *difference) bool {

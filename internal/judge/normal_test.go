@@ -26,9 +26,12 @@ type endpoint struct {
 type ports struct {
 	pairs     map[pair]uint16
 	endpoints map[endpoint]uint16
+	latest    map[pair]uint16 // the other way round: the port chosen last
 }
 
-func newPorts() ports { return ports{map[pair]uint16{}, map[endpoint]uint16{}} }
+func newPorts() ports {
+	return ports{map[pair]uint16{}, map[endpoint]uint16{}, map[pair]uint16{}}
+}
 
 // learn notes what a packet that was sent has become at the other end.
 func (p ports) learn(sent, arrived []byte) {
@@ -47,6 +50,19 @@ func (p ports) learn(sent, arrived []byte) {
 	}
 	p.pairs[pair{a.protocol, dst, src}] = from.Port()
 	p.endpoints[endpoint{a.protocol, src}] = from.Port()
+	p.latest[pair{a.protocol, dst, netip.AddrPortFrom(src.Addr(), from.Port())}] = src.Port()
+}
+
+// outdated tells whether a quote of what an end has received has a port that is not the last one
+// that the NAT chose there.
+func (p ports) outdated(quoted []byte) bool {
+	h, ok := parse(quoted)
+	src, dst, ok2 := endpoints(quoted)
+	if !ok || !ok2 {
+		return false
+	}
+	latest, ok := p.latest[pair{h.protocol, dst, netip.AddrPortFrom(src.Addr(), p.original(h.protocol, dst, src))}]
+	return ok && latest != src.Port()
 }
 
 func (p ports) original(protocol uint8, local, peer netip.AddrPort) uint16 {
