@@ -253,8 +253,16 @@ func routerHidden(d *difference) bool {
 	end := d.flows[d.step.flow].container
 	a, _ := parse(d.normal[netfilter][end][0])
 	b, _ := parse(d.normal[tcnat][end][0])
-	return len(d.views[netfilter].ports.endpoints) > 0 && a.src == d.addr(d.flows[d.step.flow].outside) &&
-		b.src == d.addr(routerAddr) && sameBut(d, end, sourceAddress)
+	blank := sourceAddress
+	if e.cut >= 18 && e.cut < tcpSize { // and the checksum, too
+		blank = func(ip []byte, h header) {
+			sourceAddress(ip, h)
+			quotedChecksum(ip, h)
+		}
+	}
+	quoted, _ := parse(d.sent[netfilter][d.header().l4+icmpSize:])
+	return len(d.views[netfilter].ports.endpoints) > 0 && a.src == quoted.dst &&
+		b.src == d.addr(routerAddr) && sameBut(d, end, blank)
 }
 
 func quotedTCPChecksum(d *difference) bool {
