@@ -43,7 +43,7 @@ func (c *connection) see(initiator bool, flags uint8, arrived bool) {
 		}
 	case opening && initiator:
 		if c.progress != answered && c.progress != open {
-			*c = connection{progress: begun}
+			*c = connection{progress: begun, spoken: [2]bool{true}}
 		}
 	case flags&(syn|ack|fin) == syn|ack && !initiator && c.progress == begun:
 		c.progress = answered

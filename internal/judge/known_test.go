@@ -58,7 +58,7 @@ func knownDifferences() []knownDifference {
 		{
 			name: "about the port before",
 			why: "Port choice: netfilter chooses a port anew for each connection, tcnat keeps it for one that takes the " +
-				"place of another on the same tuple. So errors about the connection before reach the container.",
+				"place of another on the same tuple. So what comes late for the one before reaches the container.",
 			matches: aboutPortBefore,
 			goesOn:  true,
 		},
@@ -96,6 +96,13 @@ func knownDifferences() []knownDifference {
 			goesOn:  true,
 		},
 		{
+			name: "the host's errors about an inside address",
+			why: "Who sends to a container's own address gets no error that quotes it: an inside address is never shown " +
+				"outside (DESIGN section 2, invariant 1).",
+			matches: insideAddressQuoted,
+			goesOn:  true,
+		},
+		{
 			name: "router hidden",
 			why: "Where netfilter changed a client's port, it takes the source of errors about that flow for the " +
 				"client's, and hides the router that sent them. RFC 5508 REQ-4 has it unchanged, as tcnat.",
@@ -121,6 +128,13 @@ func knownDifferences() []knownDifference {
 			why: "judge 3: a packet with a bad IPv4 header checksum is forwarded on the fast path (and stays " +
 				"wrong); the stack drops it (RFC 1812 section 5.2.2).",
 			matches: badHeaderOnFastPath,
+		},
+		{
+			name: "error to somebody else",
+			why: "judge 5: a container's ICMP error about a packet of one peer, sent to another peer, is translated. " +
+				"netfilter holds it for invalid.",
+			matches: errorToAnother,
+			goesOn:  true,
 		},
 		{
 			name: "a published port calls back",
@@ -204,9 +218,30 @@ func mappingByDestination(d *difference) bool {
 }
 
 func aboutPortBefore(d *difference) bool {
+	ip := d.sent[netfilter]
+	_, isError := d.isError()
+	if isError {
+		ip = ip[d.header().l4+icmpSize:]
+	}
+	h, _ := parse(ip)
+	src, dst, ok := endpoints(ip)
+	if !ok || !isError && !d.again || d.step.from != without && !isError {
+		return false
+	}
+	if !isError {
+		src, dst = dst, src
+	}
+	return d.views[netfilter].ports.outdated(h.protocol, dst, src) && !d.delivered(netfilter) && d.delivered(tcnat)
+}
+
+// errorToAnother: the error does not go to whom the quoted packet is from.
+func errorToAnother(d *difference) bool {
 	_, ok := d.isError()
-	return ok && d.views[netfilter].ports.outdated(d.sent[netfilter][d.header().l4+icmpSize:]) &&
-		d.total(netfilter) == 0 && d.delivered(tcnat)
+	if !ok || d.step.from != within {
+		return false
+	}
+	quoted, ok := parse(d.sent[netfilter][d.header().l4+icmpSize:])
+	return ok && quoted.src != d.header().dst && d.total(netfilter) == 0 && d.delivered(tcnat)
 }
 
 func shortQuote(d *difference) bool {
@@ -245,9 +280,14 @@ func hostsOwnAddress(d *difference) bool {
 	return isICMP(b.protocol) && a.src == d.header().dst && b.src == own && sameBut(d, end, sourceAddress)
 }
 
+func insideAddressQuoted(d *difference) bool {
+	u, ok := d.step.act.(udpAction)
+	return ok && u.toContainer && d.step.shape.ttl <= 1 && d.bounced(netfilter) && d.total(tcnat) == 0
+}
+
 func routerHidden(d *difference) bool {
 	e, ok := d.isError()
-	if !ok || !e.byRouter || d.step.from != without || !d.delivered(netfilter) || !d.delivered(tcnat) {
+	if !ok || d.step.from != without || !d.delivered(netfilter) || !d.delivered(tcnat) {
 		return false
 	}
 	end := d.flows[d.step.flow].container
@@ -262,7 +302,7 @@ func routerHidden(d *difference) bool {
 	}
 	quoted, _ := parse(d.sent[netfilter][d.header().l4+icmpSize:])
 	return len(d.views[netfilter].ports.endpoints) > 0 && a.src == quoted.dst &&
-		b.src == d.addr(routerAddr) && sameBut(d, end, blank)
+		b.src == d.header().src && sameBut(d, end, blank)
 }
 
 func quotedTCPChecksum(d *difference) bool {
@@ -283,7 +323,7 @@ func badHeaderOnFastPath(d *difference) bool {
 
 func toOwnAddress(d *difference) bool {
 	u, ok := d.step.act.(udpAction)
-	if !ok || !u.toContainer {
+	if !ok || !u.toContainer || u.otherPort != 0 || u.otherAddr != 0 || d.connection(d.step.flow).spoken == [2]bool{} {
 		return false
 	}
 	// or the host's error about it, which is of no flow: it is dropped, or translated

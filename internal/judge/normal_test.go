@@ -53,16 +53,10 @@ func (p ports) learn(sent, arrived []byte) {
 	p.latest[pair{a.protocol, dst, netip.AddrPortFrom(src.Addr(), from.Port())}] = src.Port()
 }
 
-// outdated tells whether a quote of what an end has received has a port that is not the last one
-// that the NAT chose there.
-func (p ports) outdated(quoted []byte) bool {
-	h, ok := parse(quoted)
-	src, dst, ok2 := endpoints(quoted)
-	if !ok || !ok2 {
-		return false
-	}
-	latest, ok := p.latest[pair{h.protocol, dst, netip.AddrPortFrom(src.Addr(), p.original(h.protocol, dst, src))}]
-	return ok && latest != src.Port()
+// outdated tells whether a peer's port is one that the NAT had chosen, and not the last one.
+func (p ports) outdated(protocol uint8, local, peer netip.AddrPort) bool {
+	latest, ok := p.latest[pair{protocol, local, netip.AddrPortFrom(peer.Addr(), p.original(protocol, local, peer))}]
+	return ok && latest != peer.Port()
 }
 
 func (p ports) original(protocol uint8, local, peer netip.AddrPort) uint16 {

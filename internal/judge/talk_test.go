@@ -173,7 +173,9 @@ func (t *talk) udp() {
 			{6, func() { t.say(without, udpAction{payload: t.payload(30), otherPort: uint16(2 + t.IntN(5))}) }},
 			{6, func() { t.say(without, udpAction{payload: t.payload(30), otherAddr: 1 + t.IntN(2)}) }},
 			{3, func() { t.say(within, udpAction{payload: t.payload(30), otherPort: uint16(2 + t.IntN(5))}) }},
-			{2, func() { t.say(without, udpAction{payload: t.payload(30), blind: true, toContainer: true}) }},
+			{2, func() {
+				t.say(without, udpAction{payload: t.payload(30), blind: true, toContainer: true, otherPort: uint16(t.IntN(2) * 7)})
+			}},
 			{16, func() { t.fail(t.side()) }},
 			{2, func() { t.message(from) }},
 		})
