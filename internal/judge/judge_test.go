@@ -18,6 +18,7 @@ var (
 	seedFlag          = flag.Uint64("seed", 0, "draw conversations from this seed; 0: from a fixed one and from a random one")
 	conversationFlag  = flag.Int("conversation", -1, "hold this conversation only, and tell each step")
 	conversationsFlag = flag.Int("conversations", 0, "how many to hold of each seed; 0: 100,000 with TCNAT_TEST_LONG, else some thousand")
+	strictFlag        = flag.String("strict", "", "fail also for this known difference: its name, a bug as \"judge 1\", or all")
 	fragmentsFlag     = flag.Bool("fragments", false, "send fragments, too, which tcnat does not carry yet")
 )
 
@@ -36,6 +37,7 @@ func TestJudge(t *testing.T) {
 	for _, mode := range []loader.FastPath{loader.FastPathEstablished, loader.FastPathOff, loader.FastPathAlways} {
 		t.Run(mode.String(), func(t *testing.T) {
 			j := newJudge(t, loader.AttachOptions{FastPath: mode}, nil)
+			j.strict = *strictFlag
 			n := conversations()
 			if mode != loader.FastPathEstablished {
 				n = (n + 3) / 4 // the default has most

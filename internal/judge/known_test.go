@@ -3,6 +3,7 @@ package judge
 import (
 	"bytes"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -19,6 +20,11 @@ type knownDifference struct {
 	// goesOn: both hosts know the same after it, so the conversation goes on, as if the step had
 	// brought nothing.
 	goesOn bool
+}
+
+// is tells whether a flag means this difference.
+func (k knownDifference) is(what string) bool {
+	return what != "" && (what == "all" || what == k.name || strings.HasPrefix(k.why, what+": "))
 }
 
 // knownDifferences are looked through in this order. What is none of them fails the test.

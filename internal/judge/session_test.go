@@ -28,6 +28,7 @@ type judge struct {
 	counters func() string
 	mode     loader.FastPath
 	tell     func(...any) // nil, or told what each step came to
+	strict   string       // a known difference that is a failure nevertheless
 
 	packets int            // in each world
 	known   map[string]int // conversations, by known difference
@@ -190,6 +191,9 @@ func (j *judge) knows(d *difference) bool {
 	d.over = true
 	for _, k := range knownDifferences() {
 		if k.matches(d) {
+			if k.is(j.strict) {
+				return false
+			}
 			j.known[k.name]++
 			if k.goesOn {
 				d.over = false
