@@ -85,7 +85,8 @@ func judgeSeed(t *testing.T, j *judge, seed uint64, n int) {
 		seed, len(numbers), j.packets, time.Since(start).Round(time.Millisecond), sorted(j.known))
 	for i, d := range findings {
 		if i < maxReports {
-			t.Errorf("%s\nagain: go test ./internal/judge -run '%s' -seed %d -conversation %d", d, t.Name(), seed, d.number)
+			t.Errorf("%s\nagain: go test ./internal/judge -v -run '%s' -seed %d -conversation %d -strict %q",
+				d, t.Name(), seed, d.number, *strictFlag)
 		} else {
 			t.Errorf("-seed %d -conversation %d: %s", seed, d.number, d.line())
 		}
