@@ -81,6 +81,11 @@ test-long: need-root ## All tests, with the long transfers and timers too
 	@.ci/install-tools test
 	TCNAT_TEST_REQUIRE=1 TCNAT_TEST_LONG=1 $(GO) test -count=1 -timeout 60m $(TESTFLAGS)
 
+.PHONY: judge
+judge: need-root ## Compare 100,000 random conversations with netfilter, packet by packet (root, minutes)
+	@.ci/install-tools test
+	TCNAT_TEST_REQUIRE=1 TCNAT_TEST_LONG=1 $(GO) test -count=1 -timeout 30m -v -run '^TestJudge$$' ./internal/judge
+
 .PHONY: demo
 demo: need-root build ## Show NAT and a published port in throw-away namespaces (root)
 	bin/tcnat lab demo
