@@ -11,12 +11,12 @@ import (
 	"tcnat/maps"
 )
 
-// fastVariants are the ways to have a fast path.
+// fastVariants are the ways to have a fast path: by TCX where there is one, and by clsact.
 func fastVariants() []loader.AttachOptions {
 	return []loader.AttachOptions{
-		{FastPath: loader.FastPathEstablished, Mode: loader.TCX},
+		{FastPath: loader.FastPathEstablished, Mode: loader.Auto},
 		{FastPath: loader.FastPathEstablished, Mode: loader.Clsact, NoPorts: true},
-		{FastPath: loader.FastPathAlways, Mode: loader.TCX},
+		{FastPath: loader.FastPathAlways, Mode: loader.Auto},
 	}
 }
 
