@@ -231,8 +231,8 @@ func TestAttachAfterLoad(t *testing.T) {
 	_, err := Load(context.Background(), h.inst, h.options(Auto))
 	must(t, err)
 	for _, device := range h.attach(h.options(Auto)).Devices {
-		if device.Attach != state.AttachTCX {
-			t.Errorf("%s is attached by %s, want tcx", device.Name, device.Attach)
+		if device.Attach != automatic(t) {
+			t.Errorf("%s is attached by %s, want %s", device.Name, device.Attach, automatic(t))
 		}
 	}
 	h.detach()

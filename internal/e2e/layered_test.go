@@ -155,6 +155,10 @@ func (r *rig) uplinks(t *testing.T, l layered, attach loader.AttachOptions) {
 		mustPing(t, r.Host, l.peer[f], lab.PingOptions{})
 	}
 	r.owned = append(r.owned, l.device)
+	var err error
+	if r.sysctls, err = r.Host.Sysctls(); err != nil { // WireGuard sets one when its device comes up
+		t.Fatal(err)
+	}
 	leak := watch(t, l.far, l.device, leaks)
 	for _, fast := range []loader.FastPath{loader.FastPathOff, loader.FastPathEstablished} {
 		t.Run("fast="+fast.String(), func(t *testing.T) {

@@ -23,7 +23,7 @@ import (
 )
 
 // patience is how long a condition may take to come to hold.
-const patience = 20 * time.Second
+var patience = slowly(20 * time.Second)
 
 // rig is a lab with an instance of the datapath in its host.
 type rig struct {
