@@ -12,6 +12,9 @@ GO      ?= go
 DOCKER_BUILD_FLAGS ?=
 # Arguments for `go test`, as in `make test TESTFLAGS='-run Docker -v ./internal/dockertest'`.
 TESTFLAGS ?= ./...
+# What `make test-kernel` runs there: short, long, or a package with flags of its test binary, as in
+# `make test-kernel KERNELTEST='internal/e2e -test.run TestVLANUplink'`.
+KERNELTEST ?= short
 
 C_FILES = $(wildcard bpf/*.c bpf/*.h internal/bench/*.c)
 STATICCHECK = $(GO) tool -modfile=.ci/lint.mod staticcheck
@@ -85,6 +88,16 @@ test-long: need-root ## All tests, with the long transfers and timers too
 judge: need-root ## Compare 100,000 random conversations with netfilter, packet by packet (root, minutes)
 	@.ci/install-tools test
 	TCNAT_TEST_REQUIRE=1 TCNAT_TEST_LONG=1 $(GO) test -count=1 -timeout 30m -v -run '^TestJudge$$' ./internal/judge
+
+.PHONY: test-kernel
+test-kernel: ## What matters most on Debian's kernel, in QEMU: minutes, no root
+	@.ci/install-tools kernel
+	.ci/test-kernel $(KERNELTEST)
+
+.PHONY: test-kernel-long
+test-kernel-long: ## All of bpf, loader and internal/e2e there: an hour or more
+	@.ci/install-tools kernel
+	.ci/test-kernel long
 
 .PHONY: demo
 demo: need-root build ## Show NAT and a published port in throw-away namespaces (root)

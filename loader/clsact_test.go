@@ -77,8 +77,8 @@ func TestForeignFilterBefore(t *testing.T) {
 	h.addFilter("eth0", hook{ingress: false}, 49152, program)
 	status := h.attach(h.options(Auto))
 	bridge, uplink := status.Devices[0], status.Devices[1]
-	if bridge.Attach != state.AttachTCX || uplink.Attach != state.AttachClsact || uplink.OwnQdisc {
-		t.Errorf("attached to %s by %s, to %s by %s (own qdisc: %v); want tcx, and clsact on the foreign qdisc",
+	if bridge.Attach != automatic(t) || uplink.Attach != state.AttachClsact || uplink.OwnQdisc {
+		t.Errorf("attached to %s by %s, to %s by %s (own qdisc: %v); want the usual way, and clsact on the foreign qdisc",
 			bridge.Name, bridge.Attach, uplink.Name, uplink.Attach, uplink.OwnQdisc)
 	}
 	theirs := []string{"clsact foreign"}
@@ -130,6 +130,7 @@ func TestForeignQdiscSurvives(t *testing.T) {
 }
 
 func TestIngressQdisc(t *testing.T) {
+	needTCX(t)
 	h := newHost(t)
 	h.addQdisc("eth0", &netlink.Ingress{QdiscAttrs: netlink.QdiscAttrs{
 		Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_INGRESS}})
@@ -152,6 +153,7 @@ func TestIngressQdisc(t *testing.T) {
 }
 
 func TestForeignTCX(t *testing.T) {
+	needTCX(t)
 	h := newHost(t)
 	attach := func(at ebpf.AttachType) {
 		l, err := link.AttachTCX(link.TCXOptions{Interface: h.index("eth0"), Program: passing(t), Attach: at})
@@ -229,8 +231,8 @@ func TestAttachAfterLoad(t *testing.T) {
 	_, err := Load(context.Background(), h.inst, h.options(Auto))
 	must(t, err)
 	for _, device := range h.attach(h.options(Auto)).Devices {
-		if device.Attach != state.AttachTCX {
-			t.Errorf("%s is attached by %s, want tcx", device.Name, device.Attach)
+		if device.Attach != automatic(t) {
+			t.Errorf("%s is attached by %s, want %s", device.Name, device.Attach, automatic(t))
 		}
 	}
 	h.detach()

@@ -64,7 +64,7 @@ func TestAuto(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			h := newHost(t)
 			c.rules(t)
-			got := h.attach(h.options(TCX))
+			got := h.attach(h.options(Auto))
 			want := state.FastPathEstablished
 			if c.by != "" {
 				want = state.FastPathOff
@@ -86,18 +86,18 @@ func TestAuto(t *testing.T) {
 // TestAutoChanges: rules that come after attach are a problem until it runs again.
 func TestAutoChanges(t *testing.T) {
 	h := newHost(t)
-	h.attach(h.options(TCX))
+	h.attach(h.options(Auto))
 	nft(t, trackingRules)
 	status, err := h.status()
 	must(t, err)
 	if len(status.Problems) != 1 || !strings.Contains(status.Problems[0], "connections are tracked since attach ran") {
 		t.Errorf("problems %q", status.Problems)
 	}
-	if got := h.attach(h.options(TCX)).FastPath.Mode; got != state.FastPathOff {
+	if got := h.attach(h.options(Auto)).FastPath.Mode; got != state.FastPathOff {
 		t.Errorf("fast path %s after attach, want off", got)
 	}
 	nft(t, "flush ruleset")
-	if got := h.attach(h.options(TCX)).FastPath.Mode; got != state.FastPathEstablished {
+	if got := h.attach(h.options(Auto)).FastPath.Mode; got != state.FastPathEstablished {
 		t.Errorf("fast path %s without rules, want established", got)
 	}
 	h.detach()
@@ -150,7 +150,7 @@ func TestSysctls(t *testing.T) {
 	if before == [2]string{"1", "432000"} {
 		t.Fatal("they are set already")
 	}
-	on := h.options(TCX)
+	on := h.options(Auto)
 	on.FastPath = FastPathEstablished
 	want := func(what string, want [2]string) {
 		t.Helper()
@@ -161,7 +161,7 @@ func TestSysctls(t *testing.T) {
 	h.attach(on)
 	want("established", [2]string{"1", "432000"})
 	h.attach(on)
-	h.attach(h.options(TCX))
+	h.attach(h.options(Auto))
 	want("auto again, which is off", before)
 	h.attach(on)
 	h.detach()
@@ -214,7 +214,7 @@ func TestSysctlsShared(t *testing.T) {
 	h := newHost(t)
 	nft(t, trackingRules)
 	before := sysctls(t)
-	on := h.options(TCX)
+	on := h.options(Auto)
 	on.FastPath = FastPathAlways
 	if got := h.attach(on).FastPath.Mode; got != state.FastPathAlways {
 		t.Errorf("fast path %s", got)
@@ -241,7 +241,7 @@ func TestSysctlsShared(t *testing.T) {
 func TestNoSysctlWithoutTracking(t *testing.T) {
 	h := newHost(t)
 	before := sysctls(t)
-	on := h.options(TCX)
+	on := h.options(Auto)
 	on.FastPath = FastPathEstablished
 	h.attach(on)
 	if got := sysctls(t); got != before {
@@ -259,7 +259,7 @@ func TestMark(t *testing.T) {
 	rule := netlink.NewRule()
 	rule.Mark, rule.Mask, rule.Table, rule.Priority, rule.Family = 0x1000, &mask, 100, 500, netlink.FAMILY_V6
 	must(t, h.nl.RuleAdd(rule))
-	opts := h.options(TCX)
+	opts := h.options(Auto)
 	_, err := Attach(context.Background(), h.inst, opts, nil)
 	const want = "mark 12: bit is in use: the routing rule fwmark 0x1000/0xf000 lookup 100 (priority 500) looks at it: use --mark 16"
 	if !errors.Is(err, ErrMarkUsed) || err.Error() != want {

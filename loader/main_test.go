@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -23,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tcnat/bpf"
+	state "tcnat/maps"
 )
 
 // The tests run in network and mount namespaces of their own, with a bpffs and a /run of
@@ -164,8 +166,33 @@ func (h *host) address(device string, addresses ...string) {
 	}
 }
 
+// options attach docker0 and eth0. With TCX the test is skipped on a kernel that has none.
 func (h *host) options(mode AttachMode) AttachOptions {
+	h.t.Helper()
+	if mode == TCX {
+		needTCX(h.t)
+	}
 	return AttachOptions{Bridges: []string{"docker0"}, Uplinks: []string{"eth0"}, Mode: mode, MaxFlows: 4096, Spec: small(0)}
+}
+
+var kernelHasTCX = sync.OnceValues(haveTCX)
+
+// automatic is what Auto comes to on this kernel where nothing is in the way.
+func automatic(t *testing.T) state.AttachKind {
+	t.Helper()
+	tcx, err := kernelHasTCX()
+	must(t, err)
+	if tcx {
+		return state.AttachTCX
+	}
+	return state.AttachClsact
+}
+
+func needTCX(t *testing.T) {
+	t.Helper()
+	if automatic(t) != state.AttachTCX {
+		t.Skip("this kernel has no TCX")
+	}
 }
 
 func (h *host) attach(opts AttachOptions) *Status {
@@ -211,6 +238,9 @@ func (h *host) left() []string {
 	for _, l := range links {
 		device := l.Attrs().Name
 		for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
+			if automatic(h.t) != state.AttachTCX {
+				break
+			}
 			result, err := link.QueryPrograms(link.QueryOptions{Target: h.index(device), Attach: at})
 			must(h.t, err)
 			for _, p := range result.Programs {

@@ -176,6 +176,7 @@ func (h *host) portPrograms() []ebpf.ProgramID {
 // foreignTCX puts somebody's program on a hook, on ingress behind ours.
 func (h *host) foreignTCX(device string, at ebpf.AttachType, anchor link.Anchor) link.Link {
 	h.t.Helper()
+	needTCX(h.t)
 	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "foreign", Type: ebpf.SchedCLS, License: "Dual BSD/GPL",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()},
@@ -199,35 +200,35 @@ func TestPeer(t *testing.T) {
 				QdiscAttrs: netlink.QdiscAttrs{LinkIndex: h.index("veth1"), Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
 				Rate:       1 << 20, Limit: 1 << 16, Buffer: 1 << 14,
 			}))
-		}, "veth1 tcx from_port " + mac1.String() + "  its egress has the qdisc tbf"},
+		}, "veth1 from_port " + mac1.String() + "  its egress has the qdisc tbf"},
 		"htb": {func(h *host) {
 			must(h.t, h.nl.QdiscAdd(netlink.NewHtb(netlink.QdiscAttrs{
 				LinkIndex: h.index("veth1"), Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT,
 			})))
-		}, "veth1 tcx from_port " + mac1.String() + "  its egress has the qdisc htb"},
+		}, "veth1 from_port " + mac1.String() + "  its egress has the qdisc htb"},
 		"foreign egress": {func(h *host) {
 			h.foreignTCX("veth1", ebpf.AttachTCXEgress, nil)
-		}, "veth1 tcx from_port " + mac1.String() + "  its egress has tcx foreign"},
+		}, "veth1 from_port " + mac1.String() + "  its egress has tcx foreign"},
 		"xdp in the container": {func(h *host) {
 			h.xdp("veth1")
-		}, "veth1 tcx from_port " + mac1.String() + "  an XDP program runs on its other end"},
+		}, "veth1 from_port " + mac1.String() + "  an XDP program runs on its other end"},
 		"isolated": {func(h *host) {
 			must(h.t, h.nl.LinkSetIsolated(h.link("veth1"), true))
-		}, "veth1 tcx from_port " + mac1.String() + " it is an isolated port"},
+		}, "veth1 from_port " + mac1.String() + " it is an isolated port"},
 		"no learning": {func(h *host) {
 			must(h.t, h.nl.LinkSetLearning(h.link("veth1"), false))
-		}, "veth1 tcx from_port " + mac1.String() + " its bridge does not learn from it"},
+		}, "veth1 from_port " + mac1.String() + " its bridge does not learn from it"},
 		"peer here": {func(h *host) {
 			must(h.t, h.nl.LinkDel(h.link("veth1")))
 			must(h.t, h.nl.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "veth1", MasterIndex: h.index("docker0")}, PeerName: "veth1p"}))
-		}, "veth1 tcx from_port  its other end is in this network namespace"},
+		}, "veth1 from_port  its other end is in this network namespace"},
 		"learned": {func(h *host) {
 			must(h.t, h.nl.LinkDel(h.link("veth1")))
 			must(h.t, h.nl.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "veth1", MasterIndex: h.index("docker0")}, PeerName: "veth1p", PeerHardwareAddr: mac2[:]}))
 			must(h.t, h.nl.LinkSetUp(h.link("veth1p")))
 			must(h.t, h.nl.LinkSetUp(h.link("veth1")))
 			h.learn("veth1", mac2)
-		}, "veth1 tcx from_port " + mac2.String() + "  its other end is in this network namespace"},
+		}, "veth1 from_port " + mac2.String() + "  its other end is in this network namespace"},
 		"learned two": {func(h *host) {
 			must(h.t, h.nl.LinkDel(h.link("veth1")))
 			must(h.t, h.nl.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "veth1", MasterIndex: h.index("docker0")}, PeerName: "veth1p"}))
@@ -235,7 +236,7 @@ func TestPeer(t *testing.T) {
 			must(h.t, h.nl.LinkSetUp(h.link("veth1")))
 			h.learn("veth1", mac1)
 			h.learn("veth1", mac2)
-		}, "veth1 tcx from_port  its other end is in this network namespace"},
+		}, "veth1 from_port  its other end is in this network namespace"},
 	}
 	for name, c := range reason {
 		t.Run(name, func(t *testing.T) {
@@ -243,7 +244,7 @@ func TestPeer(t *testing.T) {
 			h.container("veth1", mac1)
 			c.change(h)
 			status := h.attach(h.options(Auto))
-			h.wantPorts(status, c.want)
+			h.wantPorts(status, strings.Replace(c.want, "veth1", "veth1 "+automatic(t).String(), 1))
 			slow := status.Ports[0].Slow != ""
 			for _, d := range h.devices() {
 				if d.Class == state.Port && (d.Peer || d.Slow != slow) {
@@ -340,12 +341,12 @@ func TestPeerChanges(t *testing.T) {
 func TestForgedAddress(t *testing.T) {
 	h := newHost(t)
 	h.container("veth1", mac1)
-	h.attach(h.options(TCX))
+	h.attach(h.options(Auto))
 	h.container("veth2", mac1)
-	h.attach(h.options(TCX))
+	h.attach(h.options(Auto))
 	h.wantOwners(map[state.MAC]string{mac1: "veth1"}) // the first one keeps it
 	h.detach()
-	status := h.attach(h.options(TCX))
+	status := h.attach(h.options(Auto))
 	h.wantOwners(nil) // nobody knows whose it is
 	for _, p := range status.Ports {
 		if p.Peer || !strings.Contains(p.NoPeer, "is another's too") {
@@ -375,7 +376,7 @@ func TestSlowDevices(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			h := newHost(t)
 			h.container("veth1", mac1)
-			h.attach(h.options(TCX))
+			h.attach(h.options(Auto))
 			at := ebpf.AttachTCXEgress
 			if c.ingress {
 				at = ebpf.AttachTCXIngress
@@ -390,7 +391,7 @@ func TestSlowDevices(t *testing.T) {
 				if !present {
 					must(t, l.Close())
 				}
-				status := h.attach(h.options(TCX))
+				status := h.attach(h.options(Auto))
 				told := slices.ContainsFunc(status.Devices, func(d DeviceStatus) bool { return d.Name == c.device && d.Slow != "" }) ||
 					slices.ContainsFunc(status.Ports, func(p PortStatus) bool { return p.Name == c.device && p.Slow != "" })
 				slow := slices.ContainsFunc(h.devices(), func(d state.Device) bool { return int(d.Ifindex) == h.index(c.device) && d.Slow })
@@ -415,7 +416,7 @@ func TestManyPorts(t *testing.T) {
 			t.Errorf("port %+v", p)
 		}
 	}
-	if status.Devices[0].Attach != state.AttachTCX {
+	if status.Devices[0].Attach != automatic(t) {
 		t.Errorf("bridge %+v", status.Devices[0])
 	}
 	h.detach()
@@ -435,7 +436,7 @@ func TestPortsByHand(t *testing.T) {
 	status, err := h.status()
 	must(t, err)
 	h.wantPorts(&status, "veth1 manual from_port "+mac1.String()+" peer it has no program: run the commands that tcnat load prints")
-	h.wantPorts(h.attach(h.options(Auto)), "veth1 tcx from_port "+mac1.String()+" peer")
+	h.wantPorts(h.attach(h.options(Auto)), "veth1 "+automatic(t).String()+" from_port "+mac1.String()+" peer")
 	h.detach()
 }
 

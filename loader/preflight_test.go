@@ -225,7 +225,7 @@ func TestMemoryLimits(t *testing.T) {
 func TestFeatures(t *testing.T) {
 	list, err := Features()
 	must(t, err)
-	tcx, err := haveTCX()
+	tcx, err := kernelHasTCX()
 	must(t, err)
 	for _, f := range list {
 		if f.Required && !f.Have {

@@ -126,7 +126,7 @@ func TestKilledAnywhere(t *testing.T) {
 	before := sysctls(t)
 	for round := range 12 {
 		mode, env := Clsact, ""
-		if round%2 == 0 {
+		if round%2 == 0 && automatic(t) == state.AttachTCX {
 			mode, env = TCX, killedEnv+"_TCX=1"
 		}
 		child := exec.Command("/proc/self/exe", "-test.run", "^TestChildAttach$")
@@ -180,7 +180,7 @@ func TestInterruptedUpgrade(t *testing.T) {
 		t.Errorf("problems %q, want one about the hook with another build", status.Problems)
 	}
 	_, progs := h.ids()
-	h.attach(h.options(TCX))
+	h.attach(h.options(Auto))
 	if _, after := h.ids(); after[bpf.NATProgFromUplink] != progs[bpf.NATProgFromUplink] {
 		t.Error("the pinned programs were this build, and are gone")
 	}
@@ -221,14 +221,17 @@ func TestDamage(t *testing.T) {
 			must(h.t, os.Remove(filepath.Join(p.progs(), bpf.NATProgToUplink)))
 		}, true, ErrCorrupt},
 		{"link missing", func(h *host, p pins) {
+			needTCX(h.t)
 			must(h.t, os.Remove(p.tcxPin(uint32(h.index("eth0")), hook{ingress: true})))
 		}, true, nil},
 		{"a map for a link", func(h *host, p pins) {
+			needTCX(h.t)
 			path := p.tcxPin(uint32(h.index("eth0")), hook{ingress: false})
 			must(h.t, os.Remove(path))
 			must(h.t, foreignMap(h.t).Pin(path))
 		}, true, nil},
 		{"link detached", func(h *host, p pins) {
+			needTCX(h.t)
 			l, err := loadTCX(p.tcxPin(uint32(h.index("eth0")), hook{ingress: false}))
 			must(h.t, err)
 			defer l.Close()
@@ -238,7 +241,7 @@ func TestDamage(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			h := newHost(t)
-			h.attach(h.options(TCX))
+			h.attach(h.options(Auto))
 			c.damage(h, pinsIn(h.inst.Dir()))
 			status, err := h.status()
 			for end := time.Now().Add(2 * time.Second); err == nil && len(status.Problems) > 1 && time.Now().Before(end); status, err = h.status() {
@@ -251,8 +254,8 @@ func TestDamage(t *testing.T) {
 				t.Errorf("status: error %v, problems %q, want one", err, status.Problems)
 			}
 			if c.mends {
-				h.attach(h.options(TCX))
-			} else if _, err := Attach(context.Background(), h.inst, h.options(TCX), nil); !errors.Is(err, c.want) {
+				h.attach(h.options(Auto))
+			} else if _, err := Attach(context.Background(), h.inst, h.options(Auto), nil); !errors.Is(err, c.want) {
 				t.Errorf("attach: %v, want %v", err, c.want)
 			}
 			h.detach()
@@ -303,7 +306,7 @@ func TestPreallocate(t *testing.T) {
 // TestFlowsSurviveUpgrade: what is in the maps before is in them after.
 func TestFlowsSurviveUpgrade(t *testing.T) {
 	h := newHost(t)
-	h.attach(h.options(TCX))
+	h.attach(h.options(Auto))
 	count := func() int {
 		d, err := Open(h.inst)
 		must(t, err)
@@ -318,7 +321,7 @@ func TestFlowsSurviveUpgrade(t *testing.T) {
 		must(t, d.tables.maps[bpf.NATMapMappings].Put(uint32(i), bpf.NATMapping{Hold: 1}))
 	}
 	must(t, d.Close())
-	opts := h.options(TCX)
+	opts := h.options(Auto)
 	opts.Spec = small(1)
 	h.attach(opts)
 	if got := count(); got != 10 {

@@ -57,7 +57,7 @@ func TestBadInstance(t *testing.T) {
 
 func TestLock(t *testing.T) {
 	h := newHost(t)
-	h.attach(h.options(TCX))
+	h.attach(h.options(Auto))
 	reader, err := Open(h.inst)
 	must(t, err)
 	second, err := Open(h.inst)
@@ -67,7 +67,7 @@ func TestLock(t *testing.T) {
 	must(t, second.Close())
 	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
-	_, err = Attach(ctx, h.inst, h.options(TCX), nil)
+	_, err = Attach(ctx, h.inst, h.options(Auto), nil)
 	who := "process " + strconv.Itoa(os.Getpid())
 	if !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), who) {
 		t.Errorf("attach beside a reader: %v, want ErrLocked by %s", err, who)
@@ -76,7 +76,7 @@ func TestLock(t *testing.T) {
 		time.Sleep(50 * time.Millisecond)
 		reader.Close()
 	}()
-	h.attach(h.options(TCX))
+	h.attach(h.options(Auto))
 
 	writer, err := OpenForWrite(h.inst)
 	must(t, err)
@@ -123,7 +123,7 @@ func TestLockOfRemovedFile(t *testing.T) {
 
 func TestOtherNetns(t *testing.T) {
 	h := newHost(t)
-	h.attach(h.options(TCX))
+	h.attach(h.options(Auto))
 	other := newNetns(t, h.netns+"2")
 	err := InNetns(other, func() error {
 		nl, err := newNetlink()
@@ -220,7 +220,7 @@ func TestNoRights(t *testing.T) {
 		"CAP_BPF, CAP_PERFMON": {unix.CAP_SYS_ADMIN, unix.CAP_BPF, unix.CAP_PERFMON},
 	} {
 		drop(capabilities...)
-		_, attach := Attach(context.Background(), h.inst, h.options(TCX), nil)
+		_, attach := Attach(context.Background(), h.inst, h.options(Auto), nil)
 		_, open := Open(h.inst)
 		_, detach := Detach(context.Background(), h.inst)
 		_, features := Features()
@@ -237,7 +237,7 @@ func TestNoRights(t *testing.T) {
 func TestNoBTF(t *testing.T) {
 	h := newHost(t)
 	must(t, unix.Mount("tmpfs", "/sys/kernel/btf", "tmpfs", 0, ""))
-	_, err := Attach(context.Background(), h.inst, h.options(TCX), nil)
+	_, err := Attach(context.Background(), h.inst, h.options(Auto), nil)
 	must(t, unix.Unmount("/sys/kernel/btf", 0))
 	if !errors.Is(err, ErrNoBTF) {
 		t.Errorf("attach: %v, want ErrNoBTF", err)
@@ -248,7 +248,7 @@ func TestNoBTF(t *testing.T) {
 func TestBPFFS(t *testing.T) {
 	h := newHost(t)
 	h.inst.BPFFS = t.TempDir()
-	if _, err := Attach(context.Background(), h.inst, h.options(TCX), nil); !errors.Is(err, ErrNoBPFFS) {
+	if _, err := Attach(context.Background(), h.inst, h.options(Auto), nil); !errors.Is(err, ErrNoBPFFS) {
 		t.Errorf("attach on a plain directory: %v, want ErrNoBPFFS", err)
 	}
 	if _, err := Open(h.inst); !errors.Is(err, ErrNotAttached) {
@@ -260,7 +260,7 @@ func TestBPFFS(t *testing.T) {
 	// The test's own, and one of the machine's that may lie below.
 	for unix.Unmount(defaultBPFFS, 0) == nil {
 	}
-	h.attach(h.options(TCX))
+	h.attach(h.options(Auto))
 	info, err := os.Stat(defaultBPFFS)
 	must(t, err)
 	if info.Mode().Perm() != 0o700 {

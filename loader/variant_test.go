@@ -73,7 +73,7 @@ func TestModesSwapPrograms(t *testing.T) {
 		})
 	}
 	h := newHost(t)
-	opts := h.options(TCX)
+	opts := h.options(Auto)
 	opts.FastPath = FastPathAlways
 	commands, err := Load(context.Background(), h.inst, opts)
 	must(t, err)

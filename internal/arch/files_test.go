@@ -77,7 +77,7 @@ func repository(t *testing.T) map[string][]byte {
 		if err != nil {
 			return err
 		}
-		if entry.IsDir() && (name == ".git" || name == "bin") {
+		if entry.IsDir() && (name == ".git" || name == ".cache" || name == "bin") {
 			return filepath.SkipDir
 		}
 		if !entry.Type().IsRegular() {

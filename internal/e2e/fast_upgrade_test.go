@@ -21,6 +21,9 @@ func TestFastUpgradeLosesNothing(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []loader.AttachMode{loader.TCX, loader.Clsact} {
 		t.Run(mode.String(), func(t *testing.T) {
+			if mode == loader.TCX {
+				needTCX(t)
+			}
 			t.Parallel()
 			r := newRig(t, lab.Options{Containers: 2, SecondUplink: true})
 			options := loader.AttachOptions{

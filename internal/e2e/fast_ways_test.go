@@ -158,6 +158,7 @@ table inet marker {
 // Bits of the mark that others set stay on redirected packets, and ours does not.
 func TestFastMarkSurvives(t *testing.T) {
 	const theirs = 0x5
+	needTCX(t)
 	t.Parallel()
 	for _, test := range []struct {
 		name, from, to string

@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -21,21 +23,20 @@ import (
 )
 
 // patience is how long a condition may take to come to hold.
-const patience = 20 * time.Second
+var patience = slowly(20 * time.Second)
 
 // rig is a lab with an instance of the datapath in its host.
 type rig struct {
 	*lab.Lab
 	inst    loader.Instance
 	sysctls map[string]string // of the host, before anything was attached
+	owned   []string          // devices of the host that the test has made
 }
 
 // newRig builds a lab. When the test ends the instance is detached, and all of it gone.
 func newRig(t *testing.T, o lab.Options) *rig {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	needRoot(t)
 	l, err := lab.New(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
@@ -96,7 +97,7 @@ func (r *rig) detach(t *testing.T) {
 // mustBeBare checks that the host has no trace of an instance.
 func (r *rig) mustBeBare(t *testing.T) {
 	t.Helper()
-	devices := []string{lab.Bridge, lab.Uplink}
+	devices := append([]string{lab.Bridge, lab.Uplink}, r.owned...)
 	if r.Other != nil {
 		devices = append(devices, lab.Uplink2)
 	}
@@ -274,7 +275,39 @@ func (r *rig) mustNotDrop(t *testing.T) {
 func forEachMode(t *testing.T, o lab.Options, test func(t *testing.T, r *rig, mode loader.AttachMode)) {
 	t.Helper()
 	for _, mode := range []loader.AttachMode{loader.TCX, loader.Clsact} {
-		t.Run(mode.String(), func(t *testing.T) { test(t, newRig(t, o), mode) })
+		t.Run(mode.String(), func(t *testing.T) {
+			if mode == loader.TCX {
+				needTCX(t)
+			}
+			test(t, newRig(t, o), mode)
+		})
+	}
+}
+
+var features = sync.OnceValues(loader.Features)
+
+// hasTCX tells whether this kernel has TCX, which 6.6 brought.
+func hasTCX(t *testing.T) bool {
+	t.Helper()
+	list, err := features()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.ContainsFunc(list, func(f loader.Feature) bool { return f.Name == "TCX" && f.Have })
+}
+
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+}
+
+func needTCX(t *testing.T) {
+	t.Helper()
+	needRoot(t)
+	if !hasTCX(t) {
+		t.Skip("this kernel has no TCX")
 	}
 }
 

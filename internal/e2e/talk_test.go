@@ -206,7 +206,7 @@ func (k *talk) ask(e *end) error {
 	if err := e.question(); err != nil {
 		return err
 	}
-	for deadline := time.Now().Add(lab.DefaultTimeout); e.answers.Load() == before; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(slowly(lab.DefaultTimeout)); e.answers.Load() == before; time.Sleep(time.Millisecond) {
 		if failed := e.failed.Load(); failed != nil {
 			return *failed
 		}
@@ -278,7 +278,7 @@ func mustGoOn(t *testing.T, talks []*talk, within time.Duration) {
 		before[i] = k.client.answers.Load()
 	}
 	began := time.Now()
-	deadline := began.Add(within + more*beat)
+	deadline := began.Add(slowly(within + more*beat))
 	for i, k := range talks {
 		for k.client.answers.Load() < before[i]+more {
 			if time.Now().After(deadline.Add(stalledSince(began))) {
