@@ -59,12 +59,14 @@ enum device_class {
 enum role {
 	ROLE_ORIGINAL = 1,
 	ROLE_REPLY = 2,
+	ROLE_TRANSIT = 3, /* of a hairpin flow: what a direction looks like between the two hooks */
 } __attribute__((packed));
 
 enum translation {
 	TRANSLATION_IDENTITY = 0,
 	TRANSLATION_SNAT = 1,
 	TRANSLATION_DNAT = 2,
+	TRANSLATION_HAIRPIN = 3, /* both: a container speaks to a published port */
 } __attribute__((packed));
 
 /* What a direction has seen of TCP, in half.tcp. */
@@ -403,6 +405,7 @@ enum counter {
 	DROP_ISOLATED,
 	DROP_NOT_ALLOWED,
 	DROP_HAIRPIN,
+	DROP_HAIRPIN_REDIRECT,
 	DROP_ICMP_UNRELATED,
 	DROP_TCP_UNEXPECTED,
 	DROP_NO_ADDRESS,

@@ -77,6 +77,21 @@ static __always_inline bool lease_at_once_inward(const struct packet *p, const s
 	return true;
 }
 
+/* fast_parse() has refused it otherwise: then it is the stack's, which drops it. */
+static __always_inline bool is_sound(const struct packet *p)
+{
+	void *data = (void *)(long)p->skb->data, *end = (void *)(long)p->skb->data_end;
+	const struct iphdr *ip;
+	__u32 l3 = p->h.l3;
+
+	if (p->h.tuple.family != FAMILY_IPV4)
+		return true;
+	if (l3 > ETHERNET)
+		return false;
+	ip = data + l3;
+	return (void *)(ip + 1) <= end && !sum_fold16(sum_ipv4(ip));
+}
+
 /* A container's packet, whose addresses have been looked at: makes its flow where it has none, leases
  * its direction, and sends it. A TCP connection begins with a SYN, which is not plain.
  */
@@ -88,7 +103,7 @@ static __noinline enum verdict forward_at_once(struct packet *p, __u32 in)
 	__u32 out;
 
 	if (!is_always(p) || in < ADJACENCY_FIRST || !plan ||
-	    (p->half && lease_holds(p, lease_of(p->half))))
+	    (p->half && lease_holds(p, lease_of(p->half))) || !is_sound(p))
 		return GO_ON;
 	out = output_by_route(p, &p->h.tuple.src, &p->h.tuple.dst, p->bridge, CLASS_UPLINK);
 	output = out ? adjacency_get(out) : NULL;

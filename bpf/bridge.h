@@ -8,6 +8,7 @@
 #include "fast.h"
 #include "flow.h"
 #include "guard.h"
+#include "hairpin.h"
 #include "icmp.h"
 #include "lease.h"
 #include "parse.h"
@@ -82,7 +83,16 @@ static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3, b
 		if (v != GO_ON)
 			return v;
 	}
-	return p->half ? guard_flow(p) : guard_route(p);
+	if (!p->half)
+		v = guard_route(p);
+	else if (!is_hairpin(p->half))
+		v = guard_flow(p);
+	else
+		v = hairpin_turn(p);
+	if (v != GO_ON)
+		return v;
+	v = hairpin_create(p);
+	return v == GO_ON ? hairpin_turn(p) : v;
 }
 
 /* Whether a frame's source address is another port's. Dropped here, before the bridge sees it, it
@@ -142,6 +152,18 @@ static __always_inline enum verdict port_ingress(struct packet *p, __u32 l3, boo
 	return is_stolen_mac(p) ? drop(p, DROP_SPOOFED_MAC) : PASS;
 }
 
+/* What a device without from_uplink let in was translated by nobody. */
+static __always_inline bool came_translated(const struct packet *p, const struct half *half)
+{
+	__u32 ifindex = p->skb->ingress_ifindex;
+	const struct device *device;
+
+	if (half->translation == TRANSLATION_IDENTITY)
+		return true;
+	device = bpf_map_lookup_elem(&devices, &ifindex);
+	return device && device->class == CLASS_UPLINK;
+}
+
 /* A forwarded packet may enter as part of a flow: what from_uplink sent on is the inverse of
  * what the container answers with.
  */
@@ -162,10 +184,12 @@ static __always_inline bool belongs(struct packet *p)
 			return false;
 		return addr_equal(&p->h.tuple.dst, &quoted->tuple.src) &&
 		       half_find(&quoted->tuple, &f, true) &&
-		       half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex);
+		       half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex) &&
+		       came_translated(p, f.half);
 	}
 	tuple_invert(&key, &p->h.tuple);
-	if (!half_find(&key, &f, true) || !half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex))
+	if (!half_find(&key, &f, true) || !half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex) ||
+	    !came_translated(p, f.half))
 		return false;
 	lease_inward(p, &f);
 	return true;
@@ -178,18 +202,27 @@ static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 
 	if (is_redirected(p))
 		return PASS;
-	if (!ifindex || is_vlan(p->skb))
-		return PASS; /* the host's own */
+	if (is_vlan(p->skb))
+		return PASS;
+	if (!ifindex) /* the host's own */
+		return is_icmp(p, l3) && is_hairpin_redirect(p, l3) ? drop(p, DROP_HAIRPIN_REDIRECT)
+								    : PASS;
 	packet_clock(p);
 	v = parse_inside(p, l3);
 	if (v != GO_ON)
 		return v;
-	if (ifindex == p->skb->ifindex)
-		return PASS; /* from this bridge, by the host: a route back */
+	if (ifindex == p->skb->ifindex) {
+		v = hairpin_leave(p);
+		return v == GO_ON ? PASS : v; /* by the host: a route back */
+	}
 	if (p->h.fragment == FRAGMENT_NONE && p->h.kind != KIND_OTHER && belongs(p))
 		return PASS;
-	if (is_bridge(ifindex))
+	if (is_bridge(ifindex)) {
+		v = hairpin_leave(p);
+		if (v != GO_ON)
+			return v;
 		return p->config->flags & CONFIG_NO_ISOLATION ? PASS : drop(p, DROP_ISOLATED);
+	}
 	if (p->h.fragment != FRAGMENT_NONE)
 		return drop(p, DROP_FRAGMENT);
 	return drop(p, DROP_NO_FLOW);

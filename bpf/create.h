@@ -4,7 +4,8 @@
  *  1. an ended flow on the same original tuple: own its end, or give up;
  *  2. claim the reply tuple (port.h) with the reply half;
  *  3. queue the claim for the expiry: from now on it will be cleaned up;
- *  4. insert the original half with BPF_NOEXIST.
+ *  4. of a hairpin flow, insert the transit halves;
+ *  5. insert the original half with BPF_NOEXIST.
  * When another CPU makes the same flow at that moment, the slower one finds either the claim
  * taken, and helps to finish the other's flow, or the original half: then it gives back its
  * own claim, which no packet has seen yet. So neither packet is lost, while there is room.
@@ -22,6 +23,51 @@ enum created {
 	CREATED_NOT,	   /* plan->reason says why */
 };
 
+/* The tuple is the reply's of a flow that is over: now its other side begins one. What that flow had
+ * is given back here, since its reply half, by which the expiry would find it, becomes our original one.
+ */
+__noinline enum created own_ended_reply(void)
+{
+	struct plan *plan = plan_get();
+	struct half *original, *reply;
+	struct standing was;
+	struct tuple *key;
+	bool hairpin;
+
+	if (!plan)
+		return CREATED_NOT;
+	reply = bpf_map_lookup_elem(&flows, &plan->original);
+	if (!reply || reply->role != ROLE_REPLY)
+		return CREATED_NOT;
+	was = standing_of(reply);
+	hairpin = reply->translation == TRANSLATION_HAIRPIN;
+	key = &plan->old_claim;
+	*key = reply->other;
+	original = bpf_map_lookup_elem(&flows, key);
+	if (original && original->standing.id != was.id)
+		original = NULL;
+	if (was.life > LIFE_ENDING)
+		return CREATED_NOT; /* somebody else owns its end */
+	if (rule_current(reply->rule, reply->generation) &&
+	    !(original && flow_closed(original, reply)))
+		return CREATED_NOT;
+	if (!swap_life(reply, was, LIFE_DEAD))
+		return CREATED_NOT;
+	if (original)
+		bpf_map_delete_elem(&flows, key);
+	if (hairpin)
+		transits_delete(key, &plan->original, was.id, &plan->transit);
+	if (was.mapped)
+		mapping_drop(key, &plan->original);
+	plan->takeover = true;
+	plan->old_claim = plan->original;
+	plan->old_id = was.id;
+	plan->old_mapped = false;
+	count(FLOWS_TAKEN_OVER);
+	count(FLOWS_ENDED);
+	return CREATED;
+}
+
 /* A half with our tuple that half_find() did not accept: a flow that has ended and was not
  * deleted yet, or one that another CPU made just now. Swapping its life to DEAD makes us the
  * one who may replace it.
@@ -36,11 +82,13 @@ static __always_inline enum created own_ended(struct plan *plan)
 	half = bpf_map_lookup_elem(&flows, &plan->original);
 	if (!half)
 		return CREATED;
+	if (half->role == ROLE_REPLY)
+		return own_ended_reply();
+	if (half->role != ROLE_ORIGINAL)
+		return CREATED_NOT;
 	plan->old_claim = half->other;
 	plan->old_id = half->standing.id;
 	reply = bpf_map_lookup_elem(&flows, &plan->old_claim);
-	if (half->role != ROLE_ORIGINAL)
-		return CREATED_NOT;
 	if (reply)
 		was = standing_of(reply);
 	if (!reply || was.id != plan->old_id) {
@@ -69,7 +117,7 @@ static __always_inline enum created own_ended(struct plan *plan)
 static __always_inline void fill_half(struct plan *plan, enum role role)
 {
 	struct half *half = &plan->half;
-	bool original = role == ROLE_ORIGINAL;
+	bool original = role != ROLE_REPLY;
 
 	__builtin_memset(half, 0, sizeof(*half));
 	half->other = original ? plan->entry.claim : plan->original;
@@ -86,10 +134,54 @@ static __always_inline void fill_half(struct plan *plan, enum role role)
 	half->lease.stamp = plan->now;
 	if (!original)
 		return;
+	if (role == ROLE_TRANSIT)
+		return;
 	half->lease = plan->lease;
 	half->packets = plan->packets;
 	half->bytes = plan->bytes;
 	half->tcp = plan->tcp;
+}
+
+/* One direction's transit half. It may be there: of a flow that this one takes the place of, or made by the
+ * CPU that is making the same flow.
+ */
+static __always_inline bool transit_insert(struct plan *plan, const struct tuple *key,
+					   const struct tuple *other)
+{
+	struct half *half;
+	__u32 id;
+
+	plan->half.other = *other;
+	plan->half.guard = new_guard(key, other, plan->entry.id);
+	if (!bpf_map_update_elem(&flows, key, &plan->half, BPF_NOEXIST))
+		return true;
+	half = bpf_map_lookup_elem(&flows, key);
+	if (!half || half->role != ROLE_TRANSIT)
+		return false;
+	id = half->standing.id;
+	if (id == plan->entry.id)
+		return true;
+	return plan->takeover && id == plan->old_id &&
+	       !bpf_map_update_elem(&flows, key, &plan->half, BPF_EXIST);
+}
+
+/* What a hairpin flow looks like between its two hooks, in both directions. */
+__noinline bool transits_insert(void)
+{
+	struct plan *plan = plan_get();
+	struct tuple *transit;
+
+	if (!plan)
+		return false;
+	transit = &plan->transit;
+	fill_half(plan, ROLE_TRANSIT);
+	transit_of(transit, &plan->original, &plan->entry.claim);
+	if (!transit_insert(plan, transit, &plan->entry.claim))
+		return false;
+	plan->half.class = plan->reply_class;
+	plan->half.ifindex = plan->reply_ifindex;
+	transit_of(transit, &plan->entry.claim, &plan->original);
+	return transit_insert(plan, transit, &plan->original);
 }
 
 /* An atomic operation with a result orders all memory accesses around it. */
@@ -105,6 +197,9 @@ static __always_inline void give_back_claim(struct plan *plan)
 {
 	struct half *original;
 
+	if (plan->translation == TRANSLATION_HAIRPIN)
+		transits_delete(&plan->original, &plan->entry.claim, plan->entry.id,
+				&plan->transit);
 	bpf_map_delete_elem(&flows, &plan->entry.claim);
 	if (plan->map)
 		mapping_drop(&plan->original, &plan->entry.claim);
@@ -164,6 +259,12 @@ __noinline enum created flow_create(struct __sk_buff *skb)
 		return CREATED_NOT;
 	}
 
+	if (plan->translation == TRANSLATION_HAIRPIN && !transits_insert()) {
+		if (claimed == CLAIM_DONE)
+			give_back_claim(plan);
+		plan->reason = DROP_HAIRPIN;
+		return CREATED_NOT;
+	}
 	fill_half(plan, ROLE_ORIGINAL);
 	plan->half.guard = new_guard(&plan->original, &plan->entry.claim, plan->entry.id);
 	err = bpf_map_update_elem(&flows, &plan->original, &plan->half,

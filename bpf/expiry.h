@@ -11,7 +11,7 @@
  *
  * A flow ends in two visits. The first marks it ENDING: a packet that comes meanwhile revives
  * it. The second swaps ENDING to DEAD, which no packet undoes, and deletes the original half,
- * then the reply half: the claim goes last, or another flow could take the port while this
+ * then transit halves and the reply half: the claim goes last, or another flow could take the port while this
  * one's original half still leads packets to it.
  */
 #pragma once
@@ -56,12 +56,49 @@ static __always_inline void mark_original(struct half *original, __u32 id, enum 
 		swap_life(original, was, to);
 }
 
+/* What a packet of a hairpin flow looks like between its two hooks: it has its source still, and its
+ * destination already. from is the tuple that it came with, back that of the other direction.
+ */
+static __always_inline void transit_of(struct tuple *transit, const struct tuple *from,
+				       const struct tuple *back)
+{
+	*transit = *from;
+	transit->dst = back->src;
+	transit->dport = back->sport;
+}
+
+static __always_inline void transit_delete(const struct tuple *transit, __u32 id)
+{
+	struct half *half = bpf_map_lookup_elem(&flows, transit);
+
+	if (half && half->role == ROLE_TRANSIT && half->standing.id == id)
+		bpf_map_delete_elem(&flows, transit);
+}
+
+static __noinline int transits_delete(const struct tuple *original, const struct tuple *reply,
+				      __u32 id, struct tuple *scratch)
+{
+	if (!original || !reply || !scratch)
+		return 0;
+	transit_of(scratch, original, reply);
+	transit_delete(scratch, id);
+	transit_of(scratch, reply, original);
+	transit_delete(scratch, id);
+	return 0;
+}
+
 /* original is NULL when that half is gone, or of another flow by now. */
 static __always_inline void delete_flow(const struct tuple *key, const struct half *original,
-					const struct tuple *claim, bool mapped)
+					const struct expiry_entry *entry,
+					enum translation translation, bool mapped)
 {
+	const struct tuple *claim = &entry->claim;
+	struct tuple transit;
+
 	if (original)
 		bpf_map_delete_elem(&flows, key);
+	if (translation == TRANSLATION_HAIRPIN)
+		transits_delete(key, claim, entry->id, &transit);
 	bpf_map_delete_elem(&flows, claim);
 	if (mapped)
 		mapping_drop(key, claim);
@@ -72,6 +109,7 @@ static __always_inline void delete_flow(const struct tuple *key, const struct ha
 static __always_inline bool check_flow(struct tick *tick, const struct expiry_entry *entry)
 {
 	struct half *reply = bpf_map_lookup_elem(&flows, &entry->claim);
+	enum translation translation;
 	struct half *original;
 	struct standing was;
 	struct tuple key;
@@ -86,11 +124,12 @@ static __always_inline bool check_flow(struct tick *tick, const struct expiry_en
 	if (was.id != entry->id)
 		return false; /* replaced by a flow with an entry of its own */
 	key = reply->other;
+	translation = reply->translation;
 	original = bpf_map_lookup_elem(&flows, &key);
 	if (original && original->standing.id != entry->id)
 		original = NULL;
 	if (was.life == LIFE_BURIED) {
-		delete_flow(&key, original, &entry->claim, was.mapped);
+		delete_flow(&key, original, entry, translation, was.mapped);
 		return false;
 	}
 	if (was.life == LIFE_DEAD) {
@@ -118,7 +157,7 @@ static __always_inline bool check_flow(struct tick *tick, const struct expiry_en
 	}
 	if (!swap_life(reply, was, LIFE_DEAD))
 		return true; /* revived */
-	delete_flow(&key, original, &entry->claim, was.mapped);
+	delete_flow(&key, original, entry, translation, was.mapped);
 	return false;
 }
 

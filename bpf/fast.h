@@ -38,6 +38,14 @@ static __always_inline __sum16 sum_fold16(__u64 sum)
 	return ~((folded & 0xffff) + (folded >> 16));
 }
 
+/* Over a header without options: a good one folds to 0 (RFC 1812 section 5.2.2). */
+static __always_inline __u64 sum_ipv4(const struct iphdr *ip)
+{
+	const __u32 *word = (const void *)ip;
+
+	return (__u64)word[0] + word[1] + word[2] + word[3] + word[4];
+}
+
 static __always_inline __u64 sum_addr(__u64 sum, const struct addr *from, const struct addr *to,
 				      bool v4)
 {
@@ -72,7 +80,8 @@ static __always_inline bool fast_parse(struct packet *p, struct fast *fast, __u3
 	if (v4) {
 		const struct iphdr *ip = data + l3;
 
-		if (*(__u8 *)ip != 0x45 || ip->frag_off & bpf_htons(0x3fff) || ip->ttl <= 1)
+		if (*(__u8 *)ip != 0x45 || ip->frag_off & bpf_htons(0x3fff) || ip->ttl <= 1 ||
+		    sum_fold16(sum_ipv4(ip)))
 			return false;
 		fast->length = bpf_ntohs(ip->tot_len);
 		addr_from_ipv4(&key->src, ip->saddr);

@@ -70,6 +70,10 @@ var detours = []detour{
 		}
 		return poke(8, 0)(f, frame)
 	}},
+	{name: "bad-header-checksum", family: "ipv4", frame: func(_ family, frame []byte) []byte {
+		frame[ethernetLen+10] ^= 1
+		return frame
+	}},
 	{name: "ip-options", family: "ipv4", packet: func(_ family, p packet) packet { p.options = []byte{148, 4, 0, 0}; return p }},
 	{name: "destination-options", family: "ipv6", packet: func(_ family, p packet) packet {
 		p.extensions = []extension{{nextDestination, []byte{0, 1, 4, 0, 0, 0, 0}}}

@@ -52,7 +52,7 @@ flow_timeout(const struct tuple *key, const struct half *original, const struct 
 		return tcp_timeout(original, reply);
 	if (key->proto != IPPROTO_UDP)
 		return TIMEOUT_ICMP;
-	if (original->translation != TRANSLATION_DNAT && is_well_known(key->dport))
+	if (original->translation < TRANSLATION_DNAT && is_well_known(key->dport))
 		return TIMEOUT_UDP_WELL_KNOWN;
 	return reply->packets ? TIMEOUT_UDP : TIMEOUT_UDP_NEW;
 }

@@ -24,25 +24,9 @@ static __always_inline void note_unmanaged(__u32 ifindex)
 		bpf_map_update_elem(&unmanaged, &ifindex, &one, BPF_NOEXIST);
 }
 
-/* A container that goes to a published port by the host's address: translated by neither hook
- * so far, so only docker-proxy, or another socket of the host, can answer.
- */
-static __always_inline enum verdict guard_local(struct packet *p)
-{
-	const struct tuple *t = &p->h.tuple;
-	struct plan *plan = plan_get();
-
-	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE)
-		return PASS;
-	if ((t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) || !plan ||
-	    !dnat_find(t, p->skb->ifindex, &plan->published))
-		return PASS;
-	return host_has_socket(p->skb, t, SOCKET_ANY) ? PASS : drop(p, DROP_HAIRPIN);
-}
-
 /* Devices come and go without us, and one that has no programs would let a container's address
  * out. So the question is asked where every packet of a container passes: where will the
- * host send it?
+ * host send it? GO_ON: to itself.
  */
 static __always_inline enum verdict guard_route(struct packet *p)
 {
@@ -51,7 +35,7 @@ static __always_inline enum verdict guard_route(struct packet *p)
 
 	switch (route_of(p, &ifindex)) {
 	case ROUTE_LOCAL:
-		return guard_local(p);
+		return GO_ON;
 	case ROUTE_NONE:
 		return PASS;
 	case ROUTE_FORWARD:

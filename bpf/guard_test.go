@@ -102,12 +102,6 @@ var guards = []guard{
 	{name: "another-bridge-not-isolated", hook: fromBridge, packet: destination(neighbourOf, 80), flags: bpf.NATConfigFlagCONFIG_NO_ISOLATION, reason: passed},
 	{name: "blackhole-is-for-the-kernel", hook: fromBridge, packet: destination(nowhereOf, 80), reason: passed},
 	{name: "to-the-host", hook: fromBridge, packet: destination(bridgeOf, 53), reason: passed},
-	{name: "hairpin", hook: fromBridge, packet: destination(uplinkOf, 3005), set: publishTCP, reason: bpf.NATCounterDROP_HAIRPIN},
-	{name: "hairpin-by-the-bridge", hook: fromBridge, packet: destination(bridgeOf, 3005), set: publishTCP, reason: bpf.NATCounterDROP_HAIRPIN},
-	{name: "hairpin-to-a-socket", hook: fromBridge, packet: destination(uplinkOf, 3005), set: func(d *datapath, f family) {
-		publishTCP(d, f)
-		listenTCP(d, at(f.uplink, 3005))
-	}, reason: passed},
 	{name: "another-port-of-the-host", hook: fromBridge, packet: destination(uplinkOf, 3006), set: publishTCP, reason: passed},
 
 	{name: "no-rule", hook: toUplink, packet: same, reason: bpf.NATCounterDROP_NO_RULE},
@@ -135,7 +129,7 @@ var guards = []guard{
 		p.tcp = "R"
 		return inbound(uplinkOf, 3005)(f, p)
 	}, set: publishTCP, reason: passed},
-	{name: "any-address-is-the-host-s", hook: fromUplink, packet: inbound(neighbourOf, 3005), set: publishTCP, reason: passed},
+	{name: "any-address-is-the-host-s", hook: fromUplink, packet: inbound(neighbourOf, 3005), set: publishTCP, reason: bpf.NATCounterDROP_NO_FLOW},
 	{name: "published-on-another-address", hook: fromUplink, packet: inbound(uplinkOf, 3005), set: func(d *datapath, f family) {
 		r := publish(f, protoTCP, one(3005), one(80))
 		r.destination = f.second
@@ -155,7 +149,11 @@ var guards = []guard{
 		return inbound(uplinkOf, 3005)(f, p).from(at(loopback(f), 1))
 	}, set: publishTCP, reason: bpf.NATCounterDROP_LOOPBACK},
 	{name: "to-loopback-outside", hook: fromUplink, packet: inbound(loopback, 3005), set: publishTCP, reason: bpf.NATCounterDROP_LOOPBACK},
-	{name: "direct", hook: fromUplink, packet: inbound(func(f family) netip.Addr { return f.container }, 80), reason: passed},
+	{name: "direct", hook: fromUplink, packet: inbound(func(f family) netip.Addr { return f.container }, 80), reason: bpf.NATCounterDROP_NO_FLOW},
+	{name: "direct-echo", hook: fromUplink, packet: func(f family, p packet) packet {
+		return echoOf(true)(f, inbound(func(f family) netip.Addr { return f.container }, 0)(f, p))
+	}, reason: bpf.NATCounterDROP_NO_FLOW},
+	{name: "to-the-bridge-s-address", hook: fromUplink, packet: inbound(bridgeOf, 53), reason: passed},
 
 	{name: "host-to-container", hook: func() hook { return toBridge().by(0) }, packet: inbound(func(f family) netip.Addr { return f.container }, 80), reason: passed},
 	{name: "world-to-container", hook: toBridge, packet: inbound(func(f family) netip.Addr { return f.container }, 80), reason: bpf.NATCounterDROP_NO_FLOW},
@@ -224,6 +222,9 @@ func TestPresenter(t *testing.T) {
 				}
 				// the reply, already translated, by another way than the uplink's translation
 				d.drops(toBridge().on(bridge2If), seen.between(bridge2MAC, containerMAC), bpf.NATCounterDROP_NO_FLOW)
+				// sent to the container's own address by whom it speaks with
+				d.drops(fromUplink(), seen, bpf.NATCounterDROP_NO_FLOW)
+				d.drops(toBridge().by(eth1If), seen.between(bridgeMAC, containerMAC), bpf.NATCounterDROP_NO_FLOW)
 				if after := d.allHalves(); !equalHalves(before, after) {
 					d.Errorf("forged packets changed the flow:\n%v\n%v", before, after)
 				}

@@ -277,8 +277,13 @@ func TestICMPErrorsUnrelated(t *testing.T) {
 			// packet to a container would tell its address.
 			c.untouched(toUplink().by(0), c.error(m, f.uplink, f.world, wire.addrs(c.world, at(f.uplink, 999)), 0))
 			c.drops(toUplink().by(0), c.error(m, f.uplink, f.world, wrongPort(seen), 0), bpf.NATCounterDROP_ICMP_UNRELATED)
-			// A container speaks of what was sent to itself, not of its neighbours' packets.
+			// A container speaks of what was sent to itself, not of its neighbours' packets, and to who sent it.
 			c.drops(toUplink(), c.error(m, f.other, f.world, seen, 0), bpf.NATCounterDROP_ICMP_UNRELATED)
+			c.drops(toUplink(), c.error(m, c.inside.Addr(), f.router, seen, 0), bpf.NATCounterDROP_ICMP_UNRELATED)
+			// Who sends to a container's own address is not heard, even if it knows what the container has sent.
+			direct := c.error(m, c.router, c.inside.Addr(), sent, 0)
+			c.drops(fromUplink(), direct.between(gatewayMAC, uplinkMAC), bpf.NATCounterDROP_NO_FLOW)
+			c.drops(toBridge().by(eth1If), direct.between(bridgeMAC, containerMAC), bpf.NATCounterDROP_NO_FLOW)
 		})
 	}
 }

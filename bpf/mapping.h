@@ -16,7 +16,7 @@
 #include "packet.h"
 #include "tuple.h"
 
-#define MAPPING_WAITS 32
+#define MAPPING_WAITS 8
 
 static __always_inline __u32 outside_hash(const struct addr *outside, __u8 proto)
 {

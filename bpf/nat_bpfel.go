@@ -89,42 +89,43 @@ const (
 type NATCounter uint32
 
 const (
-	NATCounterDROP_MALFORMED       NATCounter = 0
-	NATCounterDROP_V4MAPPED        NATCounter = 1
-	NATCounterDROP_FRAGMENT        NATCounter = 2
-	NATCounterDROP_PROTOCOL        NATCounter = 3
-	NATCounterDROP_LOOPBACK        NATCounter = 4
-	NATCounterDROP_SPOOFED_ADDRESS NATCounter = 5
-	NATCounterDROP_SPOOFED_MAC     NATCounter = 6
-	NATCounterDROP_NO_UPLINK       NATCounter = 7
-	NATCounterDROP_MULTICAST       NATCounter = 8
-	NATCounterDROP_NO_RULE         NATCounter = 9
-	NATCounterDROP_NO_FLOW         NATCounter = 10
-	NATCounterDROP_ISOLATED        NATCounter = 11
-	NATCounterDROP_NOT_ALLOWED     NATCounter = 12
-	NATCounterDROP_HAIRPIN         NATCounter = 13
-	NATCounterDROP_ICMP_UNRELATED  NATCounter = 14
-	NATCounterDROP_TCP_UNEXPECTED  NATCounter = 15
-	NATCounterDROP_NO_ADDRESS      NATCounter = 16
-	NATCounterDROP_NO_PORT         NATCounter = 17
-	NATCounterDROP_TABLE_FULL      NATCounter = 18
-	NATCounterDROP_NO_MEMORY       NATCounter = 19
-	NATCounterDROP_ENDING          NATCounter = 20
-	NATCounterDROP_REWRITE         NATCounter = 21
-	NATCounterDROP_END             NATCounter = 22
-	NATCounterFLOWS_CREATED        NATCounter = 23
-	NATCounterFLOWS_ENDED          NATCounter = 24
-	NATCounterFLOWS_REVIVED        NATCounter = 25
-	NATCounterFLOWS_TAKEN_OVER     NATCounter = 26
-	NATCounterFLOWS_RACED          NATCounter = 27
-	NATCounterMAPPINGS_CREATED     NATCounter = 28
-	NATCounterMAPPINGS_ENDED       NATCounter = 29
-	NATCounterPORTS_SHARED         NATCounter = 30
-	NATCounterLEASES_GRANTED       NATCounter = 31
-	NATCounterPACKETS_REDIRECTED   NATCounter = 32
-	NATCounterTIMER_RESTARTED      NATCounter = 33
-	NATCounterTIMER_FAILED         NATCounter = 34
-	NATCounterCOUNTER_COUNT        NATCounter = 35
+	NATCounterDROP_MALFORMED        NATCounter = 0
+	NATCounterDROP_V4MAPPED         NATCounter = 1
+	NATCounterDROP_FRAGMENT         NATCounter = 2
+	NATCounterDROP_PROTOCOL         NATCounter = 3
+	NATCounterDROP_LOOPBACK         NATCounter = 4
+	NATCounterDROP_SPOOFED_ADDRESS  NATCounter = 5
+	NATCounterDROP_SPOOFED_MAC      NATCounter = 6
+	NATCounterDROP_NO_UPLINK        NATCounter = 7
+	NATCounterDROP_MULTICAST        NATCounter = 8
+	NATCounterDROP_NO_RULE          NATCounter = 9
+	NATCounterDROP_NO_FLOW          NATCounter = 10
+	NATCounterDROP_ISOLATED         NATCounter = 11
+	NATCounterDROP_NOT_ALLOWED      NATCounter = 12
+	NATCounterDROP_HAIRPIN          NATCounter = 13
+	NATCounterDROP_HAIRPIN_REDIRECT NATCounter = 14
+	NATCounterDROP_ICMP_UNRELATED   NATCounter = 15
+	NATCounterDROP_TCP_UNEXPECTED   NATCounter = 16
+	NATCounterDROP_NO_ADDRESS       NATCounter = 17
+	NATCounterDROP_NO_PORT          NATCounter = 18
+	NATCounterDROP_TABLE_FULL       NATCounter = 19
+	NATCounterDROP_NO_MEMORY        NATCounter = 20
+	NATCounterDROP_ENDING           NATCounter = 21
+	NATCounterDROP_REWRITE          NATCounter = 22
+	NATCounterDROP_END              NATCounter = 23
+	NATCounterFLOWS_CREATED         NATCounter = 24
+	NATCounterFLOWS_ENDED           NATCounter = 25
+	NATCounterFLOWS_REVIVED         NATCounter = 26
+	NATCounterFLOWS_TAKEN_OVER      NATCounter = 27
+	NATCounterFLOWS_RACED           NATCounter = 28
+	NATCounterMAPPINGS_CREATED      NATCounter = 29
+	NATCounterMAPPINGS_ENDED        NATCounter = 30
+	NATCounterPORTS_SHARED          NATCounter = 31
+	NATCounterLEASES_GRANTED        NATCounter = 32
+	NATCounterPACKETS_REDIRECTED    NATCounter = 33
+	NATCounterTIMER_RESTARTED       NATCounter = 34
+	NATCounterTIMER_FAILED          NATCounter = 35
+	NATCounterCOUNTER_COUNT         NATCounter = 36
 )
 
 type NATDevice struct {
@@ -393,6 +394,7 @@ type NATPlan struct {
 		Stamp uint32
 	}
 	OldClaim NATTuple
+	Transit  NATTuple
 	OldId    uint32
 	Reason   NATCounter
 	Now      uint32
@@ -411,6 +413,7 @@ type NATRole uint8
 const (
 	NATRoleROLE_ORIGINAL NATRole = 1
 	NATRoleROLE_REPLY    NATRole = 2
+	NATRoleROLE_TRANSIT  NATRole = 3
 )
 
 type NATRulePrefixKey struct {
@@ -507,6 +510,7 @@ const (
 	NATTranslationTRANSLATION_IDENTITY NATTranslation = 0
 	NATTranslationTRANSLATION_SNAT     NATTranslation = 1
 	NATTranslationTRANSLATION_DNAT     NATTranslation = 2
+	NATTranslationTRANSLATION_HAIRPIN  NATTranslation = 3
 )
 
 type NATTuple struct {

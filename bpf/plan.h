@@ -47,6 +47,7 @@ struct plan {
 	__u32 bytes;
 	struct lease lease;	/* of the original half, from the beginning */
 	struct tuple old_claim; /* of that flow */
+	struct tuple transit;	/* scratch */
 	__u32 old_id;
 	enum counter reason; /* why no flow was made */
 	__u32 now;

@@ -116,16 +116,17 @@ __noinline bool port_is_used(struct __sk_buff *skb)
 	return host_has_socket(skb, claim, SOCKET_NOT_LISTENING);
 }
 
-/* Most flows get the first port that is tried, which needs none. */
-static __always_inline bool probe_hash(struct probe *probe)
+/* Where the search begins. Most flows get the first port that is tried, and need none. */
+__noinline __u64 probe_hash(void)
 {
+	struct plan *plan = plan_get();
+	const struct config *c;
 	__u32 zero = 0;
-	const struct config *c = bpf_map_lookup_elem(&config, &zero);
 
-	if (!c)
-		return false;
-	probe->hash = keyed_hash(c->secret, (const __u64 *)&probe->plan->original, 5);
-	return true;
+	c = bpf_map_lookup_elem(&config, &zero);
+	if (!c || !plan)
+		return 0;
+	return keyed_hash(c->secret, (const __u64 *)&plan->original, 5);
 }
 
 static long try_port(__u32 i, void *context)
@@ -143,8 +144,8 @@ static long try_port(__u32 i, void *context)
 	} else {
 		if (i > probe->size)
 			return 1;
-		if (i == 1 && !probe_hash(probe))
-			return 1;
+		if (i == 1)
+			probe->hash = probe_hash();
 		/* a small range is gone through, so that its last free port is found */
 		if (probe->size <= PORT_TRIES)
 			port = plan->first + (probe->hash + i) % probe->size;

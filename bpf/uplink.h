@@ -69,8 +69,9 @@ static __noinline enum verdict error_outward(struct packet *p, __u32 bridge)
 	q = &plan->quote;
 	if (!quote_find(p, q, &f) || f.half->class != CLASS_BRIDGE)
 		return bridge || bridge_of(&q->h.tuple.dst) ? drop(p, DROP_ICMP_UNRELATED) : PASS;
-	/* a container speaks of what was sent to itself, not to its neighbours */
-	if (bridge && !addr_equal(&p->h.tuple.src, &q->h.tuple.dst))
+	/* a container speaks of what was sent to itself, not to its neighbours, and to who sent it */
+	if ((bridge && !addr_equal(&p->h.tuple.src, &q->h.tuple.dst)) ||
+	    !addr_equal(&p->h.tuple.dst, &q->h.tuple.src))
 		return drop(p, DROP_ICMP_UNRELATED);
 	if (rewrite_quote(p, q, &f.to) ||
 	    rewrite_addrs(p, bridge ? &f.to.src : &p->h.tuple.src, &p->h.tuple.dst))
@@ -161,6 +162,18 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 	return v == GO_ON ? translate(p, &f) : v;
 }
 
+/* What is of no flow, and not for the host, may not reach a container by its own address. At to_bridge
+ * it could not be told from what was translated here.
+ */
+static __noinline enum verdict guard_inside(struct packet *p)
+{
+	__u32 ifindex;
+
+	if (is_outside(p, &p->h.tuple.dst) || route_of(p, &ifindex) == ROUTE_LOCAL)
+		return PASS; /* the host's own, or forwarded for somebody else */
+	return drop(p, DROP_NO_FLOW);
+}
+
 static __noinline enum verdict error_inward(struct packet *p)
 {
 	struct plan *plan = plan_get();
@@ -172,7 +185,7 @@ static __noinline enum verdict error_inward(struct packet *p)
 	q = &plan->quote;
 	if (!quote_find(p, q, &f) || f.half->class != CLASS_UPLINK ||
 	    !addr_equal(&p->h.tuple.dst, &q->h.tuple.src))
-		return PASS; /* the host's own, perhaps; to_bridge drops it otherwise */
+		return guard_inside(p);
 	if (rewrite_quote(p, q, &f.to) || rewrite_addrs(p, &p->h.tuple.src, &f.to.dst))
 		return drop(p, DROP_REWRITE);
 	return PASS;
@@ -230,6 +243,8 @@ static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
 	v = open_inward(p);
 	if (v == PASS)
 		v = open_direct(p);
+	if (v == PASS)
+		return guard_inside(p);
 	v = begin(p, v, &f);
 	return v == GO_ON ? translate_inward(p, &f, l3) : v;
 }

@@ -7,7 +7,7 @@ import (
 )
 
 // Elements counts what is in the tables that packets fill, by map name: "flows" (two elements a
-// flow), "mappings" (places that are not free), "moved_ports" (one for a mapping whose endpoint has
+// flow, four where it is a hairpin), "mappings" (places that are not free), "moved_ports" (one for a mapping whose endpoint has
 // not kept its own port).
 func (s *State) Elements() (map[string]int, error) {
 	var flows, moved int

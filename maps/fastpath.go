@@ -132,6 +132,9 @@ func (s *State) Usage() (Usage, error) {
 	var u Usage
 	halves := 0
 	err = readAll(s.m.Flows, func(_ bpf.NATTuple, h bpf.NATHalf) {
+		if h.Role == bpf.NATRoleROLE_TRANSIT {
+			return
+		}
 		halves++
 		if j.fastPath == FastPathOff || !j.holds(h) {
 			return

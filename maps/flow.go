@@ -37,9 +37,10 @@ const (
 	Identity = Translation(bpf.NATTranslationTRANSLATION_IDENTITY)
 	SNAT     = Translation(bpf.NATTranslationTRANSLATION_SNAT)
 	DNAT     = Translation(bpf.NATTranslationTRANSLATION_DNAT)
+	Hairpin  = Translation(bpf.NATTranslationTRANSLATION_HAIRPIN) // both: a container speaks to a published port
 )
 
-// String returns "identity", "snat" or "dnat".
+// String returns "identity", "snat", "dnat" or "hairpin".
 func (t Translation) String() string {
 	switch t {
 	case Identity:
@@ -48,6 +49,8 @@ func (t Translation) String() string {
 		return "snat"
 	case DNAT:
 		return "dnat"
+	case Hairpin:
+		return "hairpin"
 	}
 	return fmt.Sprintf("translation %d", uint8(t))
 }
@@ -86,7 +89,11 @@ func (s *State) Flows() (flows []Flow, unpaired int, err error) {
 		return nil, 0, err
 	}
 	halves := map[bpf.NATTuple]bpf.NATHalf{}
-	err = readAll(s.m.Flows, func(k bpf.NATTuple, h bpf.NATHalf) { halves[k] = h })
+	err = readAll(s.m.Flows, func(k bpf.NATTuple, h bpf.NATHalf) {
+		if h.Role != bpf.NATRoleROLE_TRANSIT {
+			halves[k] = h
+		}
+	})
 	if err != nil {
 		return nil, 0, fmt.Errorf("read flows: %w", err)
 	}

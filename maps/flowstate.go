@@ -128,7 +128,7 @@ func timeoutOf(f Flow, original, reply bpf.NATTcpSeen) bpf.NATTimeout {
 		return bpf.NATTimeoutTIMEOUT_TCP_TRANSITORY
 	case UDP:
 		switch {
-		case wellKnown(f.Original.Dst.Port()) && f.Translation != DNAT:
+		case wellKnown(f.Original.Dst.Port()) && f.Translation != DNAT && f.Translation != Hairpin:
 			return bpf.NATTimeoutTIMEOUT_UDP_WELL_KNOWN
 		case f.State == FlowAnswered:
 			return bpf.NATTimeoutTIMEOUT_UDP

@@ -11,6 +11,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 
+	"tcnat/bpf"
 	"tcnat/internal/lab"
 	"tcnat/loader"
 	"tcnat/maps"
@@ -128,6 +129,11 @@ func (r *rig) elements(t *testing.T) map[string]int {
 	if err != nil {
 		t.Fatal(err)
 	}
+	r.read(t, func(d *loader.Datapath) error {
+		elements, err := d.State().Elements()
+		counts[bpf.NATMapMappings] = elements[bpf.NATMapMappings] // an array's places that are taken
+		return err
+	})
 	return counts
 }
 

@@ -8,7 +8,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tcnat/internal/lab"
-	"tcnat/loader"
 )
 
 // knownDifference is one that is allowed.
@@ -67,6 +66,12 @@ func knownDifferences() []knownDifference {
 				"place of another on the same tuple. So what comes late for the one before reaches the container.",
 			matches: aboutPortBefore,
 			goesOn:  true,
+		},
+		{
+			name: "called back at a chosen port",
+			why: "Port choice: where a client's port was changed, a server that calls it back when their connection is " +
+				"over uses the port that it has seen.",
+			matches: calledBackAtChosenPort,
 		},
 		{
 			name: "short quote",
@@ -129,31 +134,6 @@ func knownDifferences() []knownDifference {
 			matches: errorWithBadChecksum,
 			goesOn:  true,
 		},
-		{
-			name: "bad header checksum on the fast path",
-			why: "judge 3: a packet with a bad IPv4 header checksum is forwarded on the fast path (and stays " +
-				"wrong); the stack drops it (RFC 1812 section 5.2.2).",
-			matches: badHeaderOnFastPath,
-		},
-		{
-			name: "error to somebody else",
-			why: "judge 5: a container's ICMP error about a packet of one peer, sent to another peer, is translated. " +
-				"netfilter holds it for invalid.",
-			matches: errorToAnother,
-			goesOn:  true,
-		},
-		{
-			name: "a published port calls back",
-			why: "judge 4: where a connection with a published port is over, a SYN on the same tuple from the side that had " +
-				"not begun it is dropped (counted as ending) until the old flow is deleted. netfilter begins a new flow.",
-			matches: publishedCallsBack,
-		},
-		{
-			name: "to the container's own address",
-			why: "judge 1: whom a container speaks with also reaches it by its own address, since to_bridge " +
-				"finds the flow. Invariant 7 of DESIGN says that it should not.",
-			matches: toOwnAddress,
-		},
 	}
 }
 
@@ -200,12 +180,13 @@ func goneAstray(d *difference) bool {
 	return false
 }
 
-func publishedCallsBack(d *difference) bool {
+func calledBackAtChosenPort(d *difference) bool {
+	_, a, _ := endpoints(d.sent[netfilter])
+	_, b, ok := endpoints(d.sent[tcnat])
 	h := d.header()
-	if h.protocol != unix.IPPROTO_TCP || !d.flows[d.step.flow].inward || d.total(netfilter) == 0 || d.total(tcnat) != 0 {
-		return false
-	}
-	return d.sent[netfilter][h.l4+13]&(syn|ack|rst) == syn && (d.step.from == within || d.connection(d.step.flow).reversed)
+	return ok && a != b && h.protocol == unix.IPPROTO_TCP && d.flows[d.step.flow].inward && d.step.from == within &&
+		d.sent[netfilter][h.l4+13]&(syn|ack|rst) == syn && d.delivered(netfilter) && d.delivered(tcnat) &&
+		sameBut(d, d.flows[d.step.flow].endOf(without), destinationPort)
 }
 
 func publishedPortChosen(d *difference) bool {
@@ -241,15 +222,6 @@ func aboutPortBefore(d *difference) bool {
 }
 
 // errorToAnother: the error does not go to whom the quoted packet is from.
-func errorToAnother(d *difference) bool {
-	_, ok := d.isError()
-	if !ok || d.step.from != within {
-		return false
-	}
-	quoted, ok := parse(d.sent[netfilter][d.header().l4+icmpSize:])
-	return ok && quoted.src != d.header().dst && d.total(netfilter) == 0 && d.delivered(tcnat)
-}
-
 func shortQuote(d *difference) bool {
 	e, ok := d.isError()
 	return ok && e.cut >= 4 && e.cut < 8 && !e.extended && d.total(netfilter) == 0 && d.delivered(tcnat)
@@ -322,20 +294,6 @@ func errorWithBadChecksum(d *difference) bool {
 	return ok && d.step.shape.damage == badChecksum && d.total(netfilter) == 0 && d.delivered(tcnat)
 }
 
-func badHeaderOnFastPath(d *difference) bool {
-	return d.step.shape.damage == badHeaderChecksum && d.mode != loader.FastPathOff &&
-		d.total(netfilter) == 0 && d.delivered(tcnat)
-}
-
-func toOwnAddress(d *difference) bool {
-	u, ok := d.step.act.(udpAction)
-	if !ok || !u.toContainer || u.otherPort != 0 || u.otherAddr != 0 || d.connection(d.step.flow).spoken == [2]bool{} {
-		return false
-	}
-	// or the host's error about it, which is of no flow: it is dropped, or translated
-	return d.total(netfilter) == 0 && d.delivered(tcnat) || d.bounced(netfilter) && d.step.shape.ttl <= 1
-}
-
 // sameBut tells whether the one packet at an end is the same in both worlds, but for what blank
 // blanks out.
 func sameBut(d *difference, end int, blank func(ip []byte, h header)) bool {
@@ -349,6 +307,12 @@ func sameBut(d *difference, end int, blank func(ip []byte, h header)) bool {
 		blank(both[i], h)
 	}
 	return bytes.Equal(both[netfilter], both[tcnat])
+}
+
+// destinationPort blanks the port that TCP goes to, and its checksum.
+func destinationPort(ip []byte, h header) {
+	clear(ip[h.l4+2 : h.l4+4])
+	clear(ip[h.l4+16 : h.l4+18])
 }
 
 // sourceAddress blanks the source, and the checksums that cover it.

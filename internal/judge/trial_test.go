@@ -74,7 +74,7 @@ func (c *trial) finish(at int) *difference {
 				c.arrived[i][end] = join(c.arrived[i][end])
 			}
 			for _, ip := range c.arrived[i][end] {
-				if s.from == f.initiator() && end == f.endOf(s.from.other()) {
+				if (s.from == f.initiator() || ofItsOwn(d.step)) && end == f.endOf(s.from.other()) {
 					v.ports.learn(c.sent[i], ip)
 				}
 				d.normal[i][end] = append(d.normal[i][end], v.ports.normalize(ip, end == f.endOf(s.from)))
@@ -94,6 +94,13 @@ func (c *trial) finish(at int) *difference {
 		return nil
 	}
 	return d
+}
+
+// ofItsOwn tells whether a container answers from another port than it was spoken to at, which is a flow
+// of its own.
+func ofItsOwn(s step) bool {
+	u, ok := s.act.(udpAction)
+	return ok && s.from == within && u.otherPort != 0
 }
 
 // hear lets the ends know what has arrived.

@@ -1,0 +1,157 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* hairpin.h - a container speaks to a published port by an address of the host, be it its own port or that
+ * of a neighbour, on its bridge or another managed one.
+ *
+ * Both addresses change, and not in one place: before routing only the destination may (a source of
+ * the host's own would be a martian), after routing the source. So from_bridge does the one, to_bridge
+ * the other, and the tuple that the packet has in between is a key of its own, a transit half:
+ *
+ *	original	A:sp -> H:3005	(from_bridge)	A:sp -> C:80	(to_bridge)	X:np -> C:80
+ *	reply		C:80 -> X:np			C:80 -> A:sp			H:3005 -> A:sp
+ *
+ * X is H, the address that A spoke to, or what a rule maps A to: outside addresses, as RFC 4787 REQ-9a
+ * has it, where H is one. The host sends the packet out by the bridge itself, so no port
+ * needs hairpin mode, and bridge filters see nothing special.
+ *
+ * Two flows with one transit tuple cannot be told apart at to_bridge: from one port of A to two published
+ * ports that lead to one port of C. The second is refused.
+ */
+#pragma once
+
+#include "create.h"
+#include "flow.h"
+#include "open.h"
+
+static __always_inline bool is_hairpin(const struct half *half)
+{
+	return half->translation == TRANSLATION_HAIRPIN;
+}
+
+/* At from_bridge: a packet of a hairpin flow. Its source stays until to_bridge. GO_ON: it begins another
+ * flow.
+ */
+static __noinline enum verdict hairpin_turn(struct packet *p)
+{
+	struct found f;
+
+	if (!half_find(&p->h.tuple, &f, false) || !half_accepts(f.half, CLASS_BRIDGE, p->bridge))
+		return drop(p, DROP_ENDING);
+	if (f.half->role == ROLE_TRANSIT)
+		return PASS; /* turned already */
+	if (opens_anew(p, &f))
+		return GO_ON;
+	half_see(p, f.half);
+	f.to.src = p->h.tuple.src;
+	f.to.sport = p->h.tuple.sport;
+	return rewrite(p, &f.to);
+}
+
+/* At from_bridge: to an address of the host, of no flow. PASS where it is no published port. */
+static __noinline enum verdict open_hairpin(struct packet *p)
+{
+	struct plan *plan = plan_get();
+	struct tuple *t = &p->h.tuple;
+	const struct snat_rule *snat;
+	const struct dnat_rule *rule;
+	__u32 bridge;
+
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE ||
+	    (t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
+	    !dnat_find(t, p->bridge, &plan->published))
+		return PASS;
+	if (p->h.tcp & TCP_RST)
+		return PASS;
+	rule = &plan->published.rule;
+	bridge = bridge_of(&rule->to);
+	if (!bridge)
+		return PASS; /* the bridge of its target is gone */
+	if ((p->h.tcp & (TCP_SYN | TCP_ACK)) != TCP_SYN &&
+	    host_has_socket(p->skb, t, SOCKET_CONNECTED))
+		return PASS; /* of docker-proxy, or an answer to the host's own */
+	if (rule->flags & DNAT_ALLOW_LIST && !rule_lists(p->config, rule->id, &t->src))
+		return drop(p, DROP_NOT_ALLOWED);
+	plan_begin(p, plan);
+	plan->original_class = CLASS_BRIDGE;
+	plan->original_ifindex = p->bridge;
+	plan->reply_class = CLASS_BRIDGE;
+	plan->reply_ifindex = bridge;
+	plan->translation = TRANSLATION_HAIRPIN;
+	plan->rule = rule->id;
+	plan->generation = rule->generation;
+	plan->outside = true;
+	plan->uplink = p->bridge;
+	plan->map = t->proto == IPPROTO_UDP;
+	plan->entry.claim.dst = t->dst;
+	snat = snat_find(p->config, &t->src, 0);
+	if (snat && !(snat->flags & SNAT_MASQUERADE))
+		fixed_address(p, snat, &plan->entry.claim.dst);
+	plan->entry.claim.src = rule->to;
+	plan->entry.claim.sport = dnat_port(rule, t->dport);
+	plan_ports(plan);
+	return GO_ON;
+}
+
+/* At from_bridge: what a container sends to the host itself, of no flow so far. GO_ON: of one now. */
+static __noinline enum verdict hairpin_create(struct packet *p)
+{
+	struct plan *plan = plan_get();
+	enum verdict v = open_hairpin(p);
+
+	if (v != GO_ON || !plan)
+		return v;
+	return flow_create(p->skb) == CREATED_NOT ? drop(p, plan->reason) : GO_ON;
+}
+
+/* At to_bridge: the second half of the way. GO_ON when the packet is of no hairpin flow. */
+static __noinline enum verdict hairpin_leave(struct packet *p)
+{
+	struct found f;
+
+	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE ||
+	    !half_find(&p->h.tuple, &f, true) || f.half->role != ROLE_TRANSIT ||
+	    !half_accepts(f.half, CLASS_BRIDGE, p->skb->ingress_ifindex))
+		return GO_ON;
+	return rewrite(p, &f.to);
+}
+
+/* At to_bridge: by which the host tells a container that the server is its neighbour (ip_rt_send_redirect,
+ * ndisc_send_redirect: the packet leaves where it came in). The container spoke to the host.
+ */
+static __noinline bool is_hairpin_redirect(struct packet *p, __u32 l3)
+{
+	struct addr about;
+	__be32 about4;
+	__u8 type;
+
+	if (p->skb->protocol == bpf_htons(ETH_P_IP)) {
+		/* the kernel's own has no options */
+		const __u32 icmp = l3 + sizeof(struct iphdr);
+
+		if (bpf_skb_load_bytes(p->skb, icmp, &type, 1) || type != ICMP_REDIRECT ||
+		    bpf_skb_load_bytes(p->skb, icmp + 8 + offsetof(struct iphdr, daddr), &about4,
+				       sizeof(about4)))
+			return false;
+		addr_from_ipv4(&about, about4);
+	} else {
+		const __u32 icmp = l3 + sizeof(struct ipv6hdr);
+
+		if (bpf_skb_load_bytes(p->skb, icmp, &type, 1) || type != ICMPV6_REDIRECT ||
+		    bpf_skb_load_bytes(p->skb, icmp + 24, &about, sizeof(about)))
+			return false;
+	}
+	return bridge_of(&about) == p->skb->ifindex;
+}
+
+static __always_inline bool is_icmp(struct packet *p, __u32 l3)
+{
+	const __u8 *data = (void *)(long)p->skb->data;
+
+	if ((void *)data + l3 + sizeof(struct iphdr) > (void *)(long)p->skb->data_end)
+		return false;
+	if (p->skb->protocol == bpf_htons(ETH_P_IP))
+		return data[l3 + offsetof(struct iphdr, protocol)] == IPPROTO_ICMP;
+	return p->skb->protocol == bpf_htons(ETH_P_IPV6) &&
+	       data[l3 + offsetof(struct ipv6hdr, nexthdr)] == IPPROTO_ICMPV6;
+}
