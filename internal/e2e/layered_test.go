@@ -151,6 +151,10 @@ func TestWireGuardUplink(t *testing.T) {
 func (r *rig) uplinks(t *testing.T, l layered, attach loader.AttachOptions) {
 	t.Helper()
 	c := r.Containers[0]
+	bytes := int64(1 << 20)
+	if testing.Short() {
+		bytes = 256 << 10
+	}
 	for _, f := range lab.Families() {
 		mustPing(t, r.Host, l.peer[f], lab.PingOptions{})
 	}
@@ -182,13 +186,13 @@ func (r *rig) uplinks(t *testing.T, l layered, attach loader.AttachOptions) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				mustTransfer(t, c, out.Addr, 1<<20, 1<<20)
+				mustTransfer(t, c, out.Addr, bytes, bytes)
 				out.Close()
 				in, err := lab.StartServer(t.Context(), c, at(c.Addr(f), 80))
 				if err != nil {
 					t.Fatal(err)
 				}
-				mustTransfer(t, l.far, at(l.host[f], 8080), 1<<20, 1<<20)
+				mustTransfer(t, l.far, at(l.host[f], 8080), bytes, bytes)
 				in.Close()
 				if fast == loader.FastPathOff {
 					continue
