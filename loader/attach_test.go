@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -232,8 +233,8 @@ func TestFailureOnTheLastHook(t *testing.T) {
 	opts := h.options(Clsact)
 	opts.Uplinks = []string{"eth0", "eth1"} // the second has no room for clsact
 	opts.Spec = small(5)
-	if _, err := Attach(context.Background(), h.inst, opts, nil); !errors.Is(err, ErrConflict) {
-		t.Fatalf("attach: %v, want ErrConflict", err)
+	if _, err := Attach(context.Background(), h.inst, opts, nil); !errors.Is(err, ErrConflict) || strings.Contains(err.Error(), "going back failed") {
+		t.Fatalf("attach: %v, want ErrConflict, and all taken back", err)
 	}
 	after, err := h.status()
 	must(t, err)

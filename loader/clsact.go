@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -35,6 +36,17 @@ func (h hook) parent() uint32 {
 
 func (i Instance) filterName(program string) string {
 	return "tcnat-" + i.withDefaults().Name + "-" + program
+}
+
+// ofFilter is the instance that a filter's name tells, if it is one of ours.
+func (i Instance) ofFilter(name string) (Instance, bool) {
+	rest, ok := strings.CutPrefix(name, "tcnat-")
+	end := strings.LastIndex(rest, "-")
+	if !ok || end <= 0 {
+		return i, false
+	}
+	i.Name = rest[:end]
+	return i, true
 }
 
 // clsact works on the clsact filters of one instance.
@@ -387,13 +399,39 @@ func (c *clsact) removeQdisc(ifindex int) error {
 		return err
 	}
 	for _, h := range []hook{{ingress: true}, {ingress: false}} {
-		if left, err := c.filters(ifindex, h); err != nil || len(left) > 0 {
-			return err // somebody else uses it now
+		left, err := c.filters(ifindex, h)
+		if err != nil {
+			return err
+		}
+		if len(left) > 0 { // somebody else uses it now
+			return c.handOver(ifindex, left)
 		}
 	}
 	delete(c.kinds, ifindex)
 	if err := c.nl.QdiscDel(clsactQdisc(ifindex)); err != nil && !gone(err) {
 		return fmt.Errorf("remove clsact qdisc: %w", known(err))
+	}
+	return nil
+}
+
+// handOver leaves our qdisc to another instance that has filters on it, if there is one: it goes with that.
+func (c *clsact) handOver(ifindex int, filters []netlink.Filter) error {
+	for _, f := range filters {
+		filter, ok := f.(*netlink.BpfFilter)
+		if !ok {
+			continue
+		}
+		other, ok := c.inst.ofFilter(filter.Name)
+		if !ok {
+			continue
+		}
+		err := os.Mkdir(pinsIn(other.Dir()).qdiscMark(uint32(ifindex)), 0o700)
+		switch {
+		case err == nil, errors.Is(err, os.ErrExist):
+			return nil
+		case !errors.Is(err, os.ErrNotExist): // else it is going, or of another ABI
+			return fmt.Errorf("leave the qdisc to %s: %w", other, known(err))
+		}
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package loader
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os/exec"
 	"slices"
 	"strings"
@@ -236,4 +237,32 @@ func TestAttachAfterLoad(t *testing.T) {
 		}
 	}
 	h.detach()
+}
+
+// TestQdiscOfTwoInstances: who made the qdisc may go first; it goes with the last.
+func TestQdiscOfTwoInstances(t *testing.T) {
+	for _, makerFirst := range []bool{true, false} {
+		t.Run(fmt.Sprintf("maker goes first %t", makerFirst), func(t *testing.T) {
+			h := newHost(t)
+			h.attach(h.options(Clsact))
+			other := h.inst
+			other.Name = "other-one"
+			opts := h.options(Clsact)
+			opts.Uplinks = []string{"eth1"}
+			_, err := Attach(context.Background(), other, opts, nil)
+			must(t, err)
+			order := []Instance{h.inst, other}
+			if !makerFirst {
+				slices.Reverse(order)
+			}
+			for _, inst := range order {
+				if !h.hasClsact("docker0") {
+					t.Errorf("%s is still attached, and docker0 has no clsact qdisc", inst)
+				}
+				_, err := Detach(context.Background(), inst)
+				must(t, err)
+			}
+			h.wantNothing()
+		})
+	}
 }

@@ -42,6 +42,12 @@ func (a *attachment) upgrade() (err error) {
 		return err
 	}
 
+	var b *build
+	defer func() {
+		if b != nil { // after what goes back, which needs the old programs
+			b.close()
+		}
+	}()
 	var undos []func() error
 	defer func() {
 		if err == nil {
@@ -63,15 +69,13 @@ func (a *attachment) upgrade() (err error) {
 	if err := state.SetConfig(config); err != nil {
 		return err
 	}
-	build, err := a.upgradePrograms(p, tables, state)
-	if err != nil {
+	if b, err = a.upgradePrograms(p, tables, state); err != nil {
 		return err
 	}
-	defer build.close()
-	if err := build.start(&undos); err != nil {
+	if err := b.start(&undos); err != nil {
 		return err
 	}
-	c, err := a.connector(p, build.current, typed, build.old.progs)
+	c, err := a.connector(p, b.current, typed, b.old.progs)
 	if err != nil {
 		return err
 	}
@@ -93,7 +97,7 @@ func (a *attachment) upgrade() (err error) {
 	if err := p.setAsked(a.opts.FastPath); err != nil {
 		return err
 	}
-	if err := build.commit(); err != nil {
+	if err := b.commit(); err != nil {
 		return err
 	}
 	undos = nil // the new state is the one that a later run would mend
