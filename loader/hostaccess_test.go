@@ -58,7 +58,7 @@ func hostProgramsOn(t *testing.T, cgroup string) []ebpf.ProgramID {
 func TestHostAccess(t *testing.T) {
 	h := newHost(t)
 	first, second := newCgroup(t, h.inst.Name+"-1"), newCgroup(t, h.inst.Name+"-2")
-	opts := h.options(TCX)
+	opts := h.options(Auto)
 	opts.Cgroup = first
 	if got, want := h.attach(opts).HostAccess, (HostAccess{true, first}); got.Attached != want.Attached || filepath.Base(got.Cgroup) != filepath.Base(want.Cgroup) {
 		t.Errorf("status says %+v, want %+v", got, want)
@@ -95,7 +95,7 @@ func TestHostAccess(t *testing.T) {
 func TestHostAccessMended(t *testing.T) {
 	h := newHost(t)
 	cgroup := newCgroup(t, h.inst.Name)
-	opts := h.options(TCX)
+	opts := h.options(Auto)
 	opts.Cgroup = cgroup
 	h.attach(opts)
 	problems := func() string {
@@ -139,7 +139,7 @@ func TestHostAccessMended(t *testing.T) {
 
 func TestHostAccessRefused(t *testing.T) {
 	h := newHost(t)
-	opts := h.options(TCX)
+	opts := h.options(Auto)
 	for path, text := range map[string]string{
 		"/nowhere":  "cgroup /nowhere: unsuitable cgroup: no such file or directory",
 		t.TempDir(): "name a directory of cgroup v2",
@@ -210,7 +210,7 @@ func TestHostAccessWithoutCgroups(t *testing.T) {
 		t.Fatalf("cgroups are mounted at %s: attaching there would not be the test's own business", dir)
 	}
 	h := newHost(t)
-	opts := h.options(TCX)
+	opts := h.options(Auto)
 	opts.Cgroup = CgroupAuto
 	var log strings.Builder
 	status, err := Attach(context.Background(), h.inst, opts, slog.New(slog.NewTextHandler(&log, nil)))
