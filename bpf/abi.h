@@ -304,6 +304,24 @@ struct address_key {
 	struct addr dst;
 };
 
+/* A socket of the host and the container that it talks to, by what it was led to. */
+struct host_peer_key {
+	__u64 cookie; /* of the socket */
+	struct addr addr;
+	__be16 port;
+	__u16 pad[3];
+};
+
+/* What it named instead, and by which rule. */
+struct host_peer {
+	struct addr published;
+	__be16 port;
+	__u8 connected; /* not only datagrams that were addressed one by one */
+	__u8 pad;
+	__u32 rule;
+	__u32 generation;
+};
+
 enum attach_kind {
 	ATTACH_TCX = 1,
 	ATTACH_CLSACT = 2,
@@ -453,4 +471,6 @@ _Static_assert(sizeof(struct dnat_rule) == 36, "dnat_rule");
 _Static_assert(sizeof(struct rule_prefix_key) == 24, "rule_prefix_key");
 _Static_assert(sizeof(struct snat_key) == 24, "snat_key");
 _Static_assert(sizeof(struct snat_rule) == 36, "snat_rule");
+_Static_assert(sizeof(struct host_peer_key) == 32, "host_peer_key");
+_Static_assert(sizeof(struct host_peer) == 28, "host_peer");
 _Static_assert(sizeof(struct config) == 88, "config");

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* maps.h - every map, with who writes and who reads it. None evicts: a full map refuses. */
+/* maps.h - every map, with who writes and who reads it. None evicts, but for two LRU ones that
+ * hold no flow: a full map refuses.
+ */
 #pragma once
 
 #include "abi.h"
@@ -120,6 +122,29 @@ struct {
 	__type(key, struct subnet_key);
 	__type(value, __u32);
 } subnets SEC(".maps");
+
+/* The addresses of the host's own that a rule without address holds for, where no packet is there to
+ * ask the routing table about; value: the device. 127.0.0.1 and ::1 need not be in it. Written by Go.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, struct addr);
+	__type(value, __u32);
+} host_addresses SEC(".maps");
+
+/* What the host's own sockets were led to. Written by connect and sendmsg; read by recvmsg and
+ * getpeername, which name the published address again, and by Go, which ends the connected
+ * ones of a rule that goes. An entry goes when its connected socket is closed. Not a flow: the one
+ * that is unused longest may go, and its socket sees the container's address from then on.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct host_peer_key);
+	__type(value, struct host_peer);
+} host_peers SEC(".maps");
 
 /* Masquerade addresses for kernels before 6.7. */
 struct {

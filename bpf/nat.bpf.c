@@ -7,9 +7,12 @@
  * In the host's stack a hook before routing (from_) changes destinations only, a hook after
  * routing (to_) sources only: a packet with a source address of the host's own would be a
  * martian to the routing in between (fib_validate_source).
+ *
+ * local_ are cgroup hooks of the host's own sockets.
  */
 #include "bridge.h"
 #include "expiry.h"
+#include "host.h"
 #include "uplink.h"
 
 SEC("tc") int from_port(struct __sk_buff *skb)
@@ -93,6 +96,61 @@ SEC("tc") int to_uplink_l3(struct __sk_buff *skb)
 	if (!packet_begin(&p, skb))
 		return TC_ACT_UNSPEC;
 	return finish(&p, uplink_egress(&p, NO_LINK_HEADER));
+}
+
+/* The host's own sockets, by cgroup: whom they are told to talk to, and whom they hear from. */
+SEC("cgroup/connect4") int local_connect4(struct bpf_sock_addr *ctx)
+{
+	host_connect_ipv4(ctx);
+	return 1;
+}
+
+SEC("cgroup/connect6") int local_connect6(struct bpf_sock_addr *ctx)
+{
+	host_connect_ipv6(ctx);
+	return 1;
+}
+
+SEC("cgroup/sendmsg4") int local_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	host_send_ipv4(ctx);
+	return 1;
+}
+
+SEC("cgroup/sendmsg6") int local_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	host_send_ipv6(ctx);
+	return 1;
+}
+
+SEC("cgroup/recvmsg4") int local_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	host_read_ipv4(ctx);
+	return 1;
+}
+
+SEC("cgroup/recvmsg6") int local_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	host_read_ipv6(ctx);
+	return 1;
+}
+
+SEC("cgroup/getpeername4") int local_getpeername4(struct bpf_sock_addr *ctx)
+{
+	host_read_ipv4(ctx);
+	return 1;
+}
+
+SEC("cgroup/getpeername6") int local_getpeername6(struct bpf_sock_addr *ctx)
+{
+	host_read_ipv6(ctx);
+	return 1;
+}
+
+SEC("cgroup/sock_release") int local_release(struct bpf_sock *sk)
+{
+	host_close(sk);
+	return 1;
 }
 
 /* Run once by the loader, after each load and upgrade: 0 when the timer runs. */

@@ -281,6 +281,24 @@ type NATHalf struct {
 	Tcp         NATTcpSeen
 }
 
+type NATHostPeer struct {
+	_          structs.HostLayout
+	Published  NATAddr
+	Port       uint16
+	Connected  uint8
+	Pad        uint8
+	Rule       uint32
+	Generation uint32
+}
+
+type NATHostPeerKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Addr   NATAddr
+	Port   uint16
+	Pad    [3]uint16
+}
+
 type NATLife uint8
 
 const (
@@ -537,46 +555,57 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	NATMapAddresses        = "addresses"
-	NATMapAdjacencies      = "adjacencies"
-	NATMapConfig           = "config"
-	NATMapCounters         = "counters"
-	NATMapDevices          = "devices"
-	NATMapDnatPorts        = "dnat_ports"
-	NATMapDnatRanges       = "dnat_ranges"
-	NATMapExpiry           = "expiry"
-	NATMapExpiryQueue      = "expiry_queue"
-	NATMapFlows            = "flows"
-	NATMapGenerations      = "generations"
-	NATMapMappings         = "mappings"
-	NATMapMovedPorts       = "moved_ports"
-	NATMapNoDnatPorts      = "no_dnat_ports"
-	NATMapNoDnatRanges     = "no_dnat_ranges"
-	NATMapNoRulePrefixes   = "no_rule_prefixes"
-	NATMapNoSnatSources    = "no_snat_sources"
-	NATMapOutputs          = "outputs"
-	NATMapOwns             = "owns"
-	NATMapPlans            = "plans"
-	NATMapPortTries        = "port_tries"
-	NATMapPorts            = "ports"
-	NATMapRulePrefixes     = "rule_prefixes"
-	NATMapSenders          = "senders"
-	NATMapSnatSources      = "snat_sources"
-	NATMapSources          = "sources"
-	NATMapSubnets          = "subnets"
-	NATMapUnmanaged        = "unmanaged"
-	NATProgAbi             = "abi"
-	NATProgEndFlow         = "end_flow"
-	NATProgFromBridge      = "from_bridge"
-	NATProgFromBridgeFirst = "from_bridge_first"
-	NATProgFromPort        = "from_port"
-	NATProgFromPortFirst   = "from_port_first"
-	NATProgFromUplink      = "from_uplink"
-	NATProgFromUplinkL3    = "from_uplink_l3"
-	NATProgStartExpiry     = "start_expiry"
-	NATProgToBridge        = "to_bridge"
-	NATProgToUplink        = "to_uplink"
-	NATProgToUplinkL3      = "to_uplink_l3"
+	NATMapAddresses          = "addresses"
+	NATMapAdjacencies        = "adjacencies"
+	NATMapConfig             = "config"
+	NATMapCounters           = "counters"
+	NATMapDevices            = "devices"
+	NATMapDnatPorts          = "dnat_ports"
+	NATMapDnatRanges         = "dnat_ranges"
+	NATMapExpiry             = "expiry"
+	NATMapExpiryQueue        = "expiry_queue"
+	NATMapFlows              = "flows"
+	NATMapGenerations        = "generations"
+	NATMapHostAddresses      = "host_addresses"
+	NATMapHostPeers          = "host_peers"
+	NATMapMappings           = "mappings"
+	NATMapMovedPorts         = "moved_ports"
+	NATMapNoDnatPorts        = "no_dnat_ports"
+	NATMapNoDnatRanges       = "no_dnat_ranges"
+	NATMapNoRulePrefixes     = "no_rule_prefixes"
+	NATMapNoSnatSources      = "no_snat_sources"
+	NATMapOutputs            = "outputs"
+	NATMapOwns               = "owns"
+	NATMapPlans              = "plans"
+	NATMapPortTries          = "port_tries"
+	NATMapPorts              = "ports"
+	NATMapRulePrefixes       = "rule_prefixes"
+	NATMapSenders            = "senders"
+	NATMapSnatSources        = "snat_sources"
+	NATMapSources            = "sources"
+	NATMapSubnets            = "subnets"
+	NATMapUnmanaged          = "unmanaged"
+	NATProgAbi               = "abi"
+	NATProgEndFlow           = "end_flow"
+	NATProgFromBridge        = "from_bridge"
+	NATProgFromBridgeFirst   = "from_bridge_first"
+	NATProgFromPort          = "from_port"
+	NATProgFromPortFirst     = "from_port_first"
+	NATProgFromUplink        = "from_uplink"
+	NATProgFromUplinkL3      = "from_uplink_l3"
+	NATProgLocalConnect4     = "local_connect4"
+	NATProgLocalConnect6     = "local_connect6"
+	NATProgLocalGetpeername4 = "local_getpeername4"
+	NATProgLocalGetpeername6 = "local_getpeername6"
+	NATProgLocalRecvmsg4     = "local_recvmsg4"
+	NATProgLocalRecvmsg6     = "local_recvmsg6"
+	NATProgLocalRelease      = "local_release"
+	NATProgLocalSendmsg4     = "local_sendmsg4"
+	NATProgLocalSendmsg6     = "local_sendmsg6"
+	NATProgStartExpiry       = "start_expiry"
+	NATProgToBridge          = "to_bridge"
+	NATProgToUplink          = "to_uplink"
+	NATProgToUplinkL3        = "to_uplink_l3"
 )
 
 // LoadNAT returns the embedded CollectionSpec for NAT.
@@ -621,18 +650,27 @@ type NATSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type NATProgramSpecs struct {
-	Abi             *ebpf.ProgramSpec `ebpf:"abi"`
-	EndFlow         *ebpf.ProgramSpec `ebpf:"end_flow"`
-	FromBridge      *ebpf.ProgramSpec `ebpf:"from_bridge"`
-	FromBridgeFirst *ebpf.ProgramSpec `ebpf:"from_bridge_first"`
-	FromPort        *ebpf.ProgramSpec `ebpf:"from_port"`
-	FromPortFirst   *ebpf.ProgramSpec `ebpf:"from_port_first"`
-	FromUplink      *ebpf.ProgramSpec `ebpf:"from_uplink"`
-	FromUplinkL3    *ebpf.ProgramSpec `ebpf:"from_uplink_l3"`
-	StartExpiry     *ebpf.ProgramSpec `ebpf:"start_expiry"`
-	ToBridge        *ebpf.ProgramSpec `ebpf:"to_bridge"`
-	ToUplink        *ebpf.ProgramSpec `ebpf:"to_uplink"`
-	ToUplinkL3      *ebpf.ProgramSpec `ebpf:"to_uplink_l3"`
+	Abi               *ebpf.ProgramSpec `ebpf:"abi"`
+	EndFlow           *ebpf.ProgramSpec `ebpf:"end_flow"`
+	FromBridge        *ebpf.ProgramSpec `ebpf:"from_bridge"`
+	FromBridgeFirst   *ebpf.ProgramSpec `ebpf:"from_bridge_first"`
+	FromPort          *ebpf.ProgramSpec `ebpf:"from_port"`
+	FromPortFirst     *ebpf.ProgramSpec `ebpf:"from_port_first"`
+	FromUplink        *ebpf.ProgramSpec `ebpf:"from_uplink"`
+	FromUplinkL3      *ebpf.ProgramSpec `ebpf:"from_uplink_l3"`
+	LocalConnect4     *ebpf.ProgramSpec `ebpf:"local_connect4"`
+	LocalConnect6     *ebpf.ProgramSpec `ebpf:"local_connect6"`
+	LocalGetpeername4 *ebpf.ProgramSpec `ebpf:"local_getpeername4"`
+	LocalGetpeername6 *ebpf.ProgramSpec `ebpf:"local_getpeername6"`
+	LocalRecvmsg4     *ebpf.ProgramSpec `ebpf:"local_recvmsg4"`
+	LocalRecvmsg6     *ebpf.ProgramSpec `ebpf:"local_recvmsg6"`
+	LocalRelease      *ebpf.ProgramSpec `ebpf:"local_release"`
+	LocalSendmsg4     *ebpf.ProgramSpec `ebpf:"local_sendmsg4"`
+	LocalSendmsg6     *ebpf.ProgramSpec `ebpf:"local_sendmsg6"`
+	StartExpiry       *ebpf.ProgramSpec `ebpf:"start_expiry"`
+	ToBridge          *ebpf.ProgramSpec `ebpf:"to_bridge"`
+	ToUplink          *ebpf.ProgramSpec `ebpf:"to_uplink"`
+	ToUplinkL3        *ebpf.ProgramSpec `ebpf:"to_uplink_l3"`
 }
 
 // NATMapSpecs contains maps before they are loaded into the kernel.
@@ -650,6 +688,8 @@ type NATMapSpecs struct {
 	ExpiryQueue    *ebpf.MapSpec `ebpf:"expiry_queue"`
 	Flows          *ebpf.MapSpec `ebpf:"flows"`
 	Generations    *ebpf.MapSpec `ebpf:"generations"`
+	HostAddresses  *ebpf.MapSpec `ebpf:"host_addresses"`
+	HostPeers      *ebpf.MapSpec `ebpf:"host_peers"`
 	Mappings       *ebpf.MapSpec `ebpf:"mappings"`
 	MovedPorts     *ebpf.MapSpec `ebpf:"moved_ports"`
 	NoDnatPorts    *ebpf.MapSpec `ebpf:"no_dnat_ports"`
@@ -706,6 +746,8 @@ type NATMaps struct {
 	ExpiryQueue    *ebpf.Map `ebpf:"expiry_queue"`
 	Flows          *ebpf.Map `ebpf:"flows"`
 	Generations    *ebpf.Map `ebpf:"generations"`
+	HostAddresses  *ebpf.Map `ebpf:"host_addresses"`
+	HostPeers      *ebpf.Map `ebpf:"host_peers"`
 	Mappings       *ebpf.Map `ebpf:"mappings"`
 	MovedPorts     *ebpf.Map `ebpf:"moved_ports"`
 	NoDnatPorts    *ebpf.Map `ebpf:"no_dnat_ports"`
@@ -738,6 +780,8 @@ func (m *NATMaps) Close() error {
 		m.ExpiryQueue,
 		m.Flows,
 		m.Generations,
+		m.HostAddresses,
+		m.HostPeers,
 		m.Mappings,
 		m.MovedPorts,
 		m.NoDnatPorts,
@@ -768,18 +812,27 @@ type NATVariables struct {
 //
 // It can be passed to LoadNATObjects or ebpf.CollectionSpec.LoadAndAssign.
 type NATPrograms struct {
-	Abi             *ebpf.Program `ebpf:"abi"`
-	EndFlow         *ebpf.Program `ebpf:"end_flow"`
-	FromBridge      *ebpf.Program `ebpf:"from_bridge"`
-	FromBridgeFirst *ebpf.Program `ebpf:"from_bridge_first"`
-	FromPort        *ebpf.Program `ebpf:"from_port"`
-	FromPortFirst   *ebpf.Program `ebpf:"from_port_first"`
-	FromUplink      *ebpf.Program `ebpf:"from_uplink"`
-	FromUplinkL3    *ebpf.Program `ebpf:"from_uplink_l3"`
-	StartExpiry     *ebpf.Program `ebpf:"start_expiry"`
-	ToBridge        *ebpf.Program `ebpf:"to_bridge"`
-	ToUplink        *ebpf.Program `ebpf:"to_uplink"`
-	ToUplinkL3      *ebpf.Program `ebpf:"to_uplink_l3"`
+	Abi               *ebpf.Program `ebpf:"abi"`
+	EndFlow           *ebpf.Program `ebpf:"end_flow"`
+	FromBridge        *ebpf.Program `ebpf:"from_bridge"`
+	FromBridgeFirst   *ebpf.Program `ebpf:"from_bridge_first"`
+	FromPort          *ebpf.Program `ebpf:"from_port"`
+	FromPortFirst     *ebpf.Program `ebpf:"from_port_first"`
+	FromUplink        *ebpf.Program `ebpf:"from_uplink"`
+	FromUplinkL3      *ebpf.Program `ebpf:"from_uplink_l3"`
+	LocalConnect4     *ebpf.Program `ebpf:"local_connect4"`
+	LocalConnect6     *ebpf.Program `ebpf:"local_connect6"`
+	LocalGetpeername4 *ebpf.Program `ebpf:"local_getpeername4"`
+	LocalGetpeername6 *ebpf.Program `ebpf:"local_getpeername6"`
+	LocalRecvmsg4     *ebpf.Program `ebpf:"local_recvmsg4"`
+	LocalRecvmsg6     *ebpf.Program `ebpf:"local_recvmsg6"`
+	LocalRelease      *ebpf.Program `ebpf:"local_release"`
+	LocalSendmsg4     *ebpf.Program `ebpf:"local_sendmsg4"`
+	LocalSendmsg6     *ebpf.Program `ebpf:"local_sendmsg6"`
+	StartExpiry       *ebpf.Program `ebpf:"start_expiry"`
+	ToBridge          *ebpf.Program `ebpf:"to_bridge"`
+	ToUplink          *ebpf.Program `ebpf:"to_uplink"`
+	ToUplinkL3        *ebpf.Program `ebpf:"to_uplink_l3"`
 }
 
 func (p *NATPrograms) Close() error {
@@ -792,6 +845,15 @@ func (p *NATPrograms) Close() error {
 		p.FromPortFirst,
 		p.FromUplink,
 		p.FromUplinkL3,
+		p.LocalConnect4,
+		p.LocalConnect6,
+		p.LocalGetpeername4,
+		p.LocalGetpeername6,
+		p.LocalRecvmsg4,
+		p.LocalRecvmsg6,
+		p.LocalRelease,
+		p.LocalSendmsg4,
+		p.LocalSendmsg6,
 		p.StartExpiry,
 		p.ToBridge,
 		p.ToUplink,

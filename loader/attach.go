@@ -75,6 +75,7 @@ func run(ctx context.Context, inst Instance, opts AttachOptions, log *slog.Logge
 		return nil, err
 	}
 	defer d.Close()
+	a.endGoneHostSockets(d)
 	status, err := d.Status()
 	if err != nil {
 		return nil, err
@@ -93,12 +94,18 @@ type attachment struct {
 	manual bool
 	cookie uint64
 
+	cgroup   string // where the host's own sockets are seen, "": nowhere
+	cgroupID uint64
+
 	tracked tracking
 	fast    maps.FastPath // what the options come to
 }
 
-// prepare decides about the fast path, before anything changes.
+// prepare decides about the cgroup and the fast path, before anything changes.
 func (a *attachment) prepare() error {
+	if err := a.findCgroup(); err != nil {
+		return err
+	}
 	a.tracked = findTracking()
 	a.fast = a.opts.decideFastPath(a.tracked)
 	if a.fast == maps.FastPathOff {
@@ -163,7 +170,7 @@ func (a *attachment) install() (err error) {
 	if err != nil {
 		return err
 	}
-	keepNeeded(spec, slices.ContainsFunc(a.named, func(d device) bool { return d.L3 }), a.fast)
+	keepNeeded(spec, slices.ContainsFunc(a.named, func(d device) bool { return d.L3 }), a.cgroup != "", a.fast)
 	config := a.opts.config(maps.Config{NetnsCookie: a.cookie}, a.fast)
 	loaded, err := loadNew(spec, config.MaxFlows, a.opts.Preallocate)
 	if err != nil {
@@ -220,6 +227,12 @@ func (a *attachment) install() (err error) {
 	if err := a.sync(state, a.named); err != nil {
 		return err
 	}
+	if err := c.attachHost(&undos); err != nil {
+		return err
+	}
+	if err := c.dropHost(); err != nil { // what of it was attached and is done without
+		return err
+	}
 	if err := unix.Renameat2(unix.AT_FDCWD, a.inst.staged(), unix.AT_FDCWD, a.inst.Dir(), unix.RENAME_NOREPLACE); err != nil {
 		return fmt.Errorf("%s: put the pins in place: %w", a.inst, known(err))
 	}
@@ -238,6 +251,9 @@ type connector struct {
 	state  *maps.State
 	progs  map[string]*ebpf.Program
 	ids    map[string]ebpf.ProgramID
+
+	host    map[string]*ebpf.Program // of cgroup hooks
+	hostIDs map[string]ebpf.ProgramID
 }
 
 // connector's old are the programs that may still be on the hooks, besides those of current.
@@ -248,6 +264,7 @@ func (a *attachment) connector(p pins, current *objects, typed *bpf.NATMaps, old
 		clsact:     &clsact{nl: a.nl, inst: a.inst, pins: p},
 		state:      maps.New(typed),
 		progs:      onHooks(current.progs, a.fast),
+		host:       current.progs,
 	}
 	var err error
 	if c.ids, err = programIDs(c.progs); err != nil {
@@ -257,6 +274,7 @@ func (a *attachment) connector(p pins, current *objects, typed *bpf.NATMaps, old
 	if err != nil {
 		return nil, err
 	}
+	c.hostIDs = currents
 	olds, err := programIDs(old)
 	if err != nil {
 		return nil, err

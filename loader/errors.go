@@ -37,6 +37,8 @@ var (
 	ErrConflict = errors.New("conflicts with what is attached")
 	// ErrMarkUsed indicates a bit of the packet mark that the host's routing looks at.
 	ErrMarkUsed = errors.New("bit is in use")
+	// ErrBadCgroup indicates a path that is no directory of cgroup v2.
+	ErrBadCgroup = errors.New("unsuitable cgroup")
 	// ErrNoNetns indicates a network namespace that does not exist.
 	ErrNoNetns = errors.New("no such network namespace")
 )

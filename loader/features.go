@@ -49,6 +49,11 @@ func probes() []probe {
 			Fallback: "clsact filters"}, haveTCX},
 		{Feature{Name: "BPF_FIB_LOOKUP_SRC", Since: "6.7", Use: "masquerade takes the address that the host itself would",
 			Fallback: "a table of the uplinks' addresses, made at attach"}, haveFIBLookupSrc},
+		{Feature{Name: "cgroup socket hooks", Since: "5.9", Use: "the host itself reaches published ports",
+			Fallback: "docker-proxy, or nothing"},
+			func() (bool, error) { return supported(features.HaveProgramType(ebpf.CGroupSockAddr)) }},
+		{Feature{Name: "SOCK_DESTROY", Since: "4.9", Use: "the host's connections end with the rule that led them",
+			Fallback: "they stay until somebody closes them"}, haveSocketDestroy},
 		{Feature{Name: "JIT compiler", Since: "3.18", Use: "programs run as machine code",
 			Fallback: "the interpreter, many times slower (sysctl net.core.bpf_jit_enable=1)"}, haveJIT},
 	}

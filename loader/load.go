@@ -35,7 +35,7 @@ func sizes(maxFlows uint32) map[string]uint32 {
 	return map[string]uint32{
 		bpf.NATMapFlows:       2 * maxFlows,
 		bpf.NATMapMappings:    powerOfTwo(max(minMappings, maxFlows)),
-		bpf.NATMapMovedPorts:  max(1, maxFlows/2),
+		bpf.NATMapMovedPorts:  max(1, maxFlows/4),
 		bpf.NATMapExpiryQueue: max(minQueue, maxFlows+maxFlows/4),
 	}
 }

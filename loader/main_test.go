@@ -71,6 +71,12 @@ func privateMounts() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
 	}
+	// Whatever a test forgets, the machine's root cgroup is out of reach.
+	for dir := mountedCgroup(); dir != ""; dir = mountedCgroup() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount %s: %w", dir, err)
+		}
+	}
 	for _, m := range []struct{ target, kind string }{{defaultBPFFS, "bpf"}, {"/run", "tmpfs"}} {
 		if err := unix.Mount(m.kind, m.target, m.kind, 0, "mode=0700"); err != nil {
 			return fmt.Errorf("mount %s: %w", m.target, err)

@@ -149,6 +149,7 @@ var rulesMaps = []*ebpf.MapSpec{
 	mapSpec[uint32, uint32](bpf.NATMapGenerations, ebpf.Array),
 	mapSpec[uint32, bpf.NATDevice](bpf.NATMapDevices, ebpf.Hash),
 	mapSpec[bpf.NATSubnetKey, uint32](bpf.NATMapSubnets, ebpf.LPMTrie),
+	mapSpec[bpf.NATHostPeerKey, bpf.NATHostPeer](bpf.NATMapHostPeers, ebpf.LRUHash),
 	mapSpec[uint32, uint32](bpf.NATMapDnatPorts, ebpf.ArrayOfMaps),
 	mapSpec[uint32, uint32](bpf.NATMapDnatRanges, ebpf.ArrayOfMaps),
 	mapSpec[uint32, uint32](bpf.NATMapSnatSources, ebpf.ArrayOfMaps),

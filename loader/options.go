@@ -86,6 +86,10 @@ type AttachOptions struct {
 	Mark             *uint8 // bit 0 to 31 of the packet mark, on redirected packets for a moment; nil: DefaultMark
 	NoPorts          bool   // put no program on the bridges' ports: the fast path begins at the bridge
 
+	// Cgroup is where the host's own sockets reach published ports: a directory of cgroup v2, and
+	// the processes below it, or CgroupAuto; "": nowhere.
+	Cgroup string
+
 	// Spec is the datapath; nil is bpf.LoadNAT. Tests pass other builds of it.
 	Spec func() (*ebpf.CollectionSpec, error)
 }

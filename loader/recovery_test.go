@@ -104,6 +104,9 @@ func TestChildAttach(t *testing.T) {
 		}
 		opts.Spec = small(version)
 		opts.FastPath = FastPathEstablished
+		if version%3 != 0 {
+			opts.Cgroup = os.Getenv(killedEnv + "_CGROUP")
+		}
 		_, err := Attach(context.Background(), h.inst, opts, nil)
 		must(t, err)
 		if version%2 == 0 {
@@ -124,13 +127,14 @@ func TestKilledAnywhere(t *testing.T) {
 	h.container("veth2", mac2)
 	nft(t, trackingRules)
 	before := sysctls(t)
+	cgroup := newCgroup(t, h.inst.Name)
 	for round := range 12 {
 		mode, env := Clsact, ""
 		if round%2 == 0 && automatic(t) == state.AttachTCX {
 			mode, env = TCX, killedEnv+"_TCX=1"
 		}
 		child := exec.Command("/proc/self/exe", "-test.run", "^TestChildAttach$")
-		child.Env = append(os.Environ(), killedEnv+"="+h.netns, env)
+		child.Env = append(os.Environ(), killedEnv+"="+h.netns, killedEnv+"_CGROUP="+cgroup, env)
 		child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		var output bytes.Buffer
 		child.Stdout, child.Stderr = &output, &output
@@ -142,13 +146,18 @@ func TestKilledAnywhere(t *testing.T) {
 			t.Fatalf("round %d: the child ended by itself: %v\n%s", round, err, output.String())
 		}
 		if round%3 != 2 {
-			if status := h.attach(h.options(mode)); !status.Live {
-				t.Errorf("round %d: not live", round)
+			opts := h.options(mode)
+			opts.Cgroup = cgroup
+			if status := h.attach(opts); !status.Live || len(hostProgramsOn(t, cgroup)) != len(hostHooks()) {
+				t.Errorf("round %d: live %v, on the cgroup %v", round, status.Live, hostProgramsOn(t, cgroup))
 			}
 		}
 		_, err = Detach(context.Background(), h.inst)
 		must(t, err)
 		h.wantNothing()
+		if left := hostProgramsOn(t, cgroup); len(left) > 0 {
+			t.Errorf("round %d: left on the cgroup: %v", round, left)
+		}
 		if got := sysctls(t); got != before {
 			t.Fatalf("round %d: sysctls %v, want %v", round, got, before)
 		}

@@ -22,6 +22,7 @@ type Status struct {
 	Config       maps.Config
 	Preallocated bool // the flows' memory is taken already, whether there are any or not
 	FastPath     FastPathStatus
+	HostAccess   HostAccess
 	Devices      []DeviceStatus // bridges first, then by name
 	Ports        []PortStatus   // of the bridges, by bridge and name
 	Unmanaged    []UnmanagedDevice
@@ -91,6 +92,9 @@ func (d *Datapath) Status() (Status, error) {
 		return s, err
 	}
 	if err := d.fastPathStatus(&s); err != nil {
+		return s, err
+	}
+	if err := d.hostStatus(&s, &attachment{nl: nl}); err != nil {
 		return s, err
 	}
 	unmanaged, err := d.state.Unmanaged()

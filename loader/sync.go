@@ -11,7 +11,7 @@ import (
 )
 
 // sync brings what depends on the devices' addresses up to date: the bridges' subnets, their
-// masquerade rules, and the source addresses of uplinks. Rules of the user stay.
+// masquerade rules, the source addresses of uplinks, and the host's own. Rules of the user stay.
 func (a *attachment) sync(state *maps.State, devices []device) error {
 	subnets := make(map[netip.Prefix]uint32)
 	for _, d := range devices {
@@ -36,6 +36,13 @@ func (a *attachment) sync(state *maps.State, devices []device) error {
 		for _, address := range addresses {
 			subnets[address.Masked()] = d.Ifindex
 		}
+	}
+	own, err := a.hostAddresses(true)
+	if err != nil {
+		return err
+	}
+	if err := state.SetHostAddresses(own); err != nil {
+		return err
 	}
 	if err := a.masquerade(state, subnets); err != nil {
 		return err

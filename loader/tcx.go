@@ -69,16 +69,17 @@ func (p pins) ensureTCX(d device, h hook, program *ebpf.Program, id ebpf.Program
 	if err := l.Update(program); err != nil {
 		return nil, fmt.Errorf("%s: swap %s on TCX %s: %w", d, h.program, h, known(err))
 	}
-	return func() error { return p.restoreTCX(path, info.Program) }, nil
+	return func() error { return restoreLink(path, info.Program, attachedTCX) }, nil
 }
 
-func (p pins) restoreTCX(path string, id ebpf.ProgramID) error {
+// restoreLink makes a pinned link run a program that is still there.
+func restoreLink(path string, id ebpf.ProgramID, attached func(link.Link) bool) error {
 	old, err := ebpf.NewProgramFromID(id)
 	if err != nil {
 		return fmt.Errorf("%s: go back to program %d: %w", path, id, err)
 	}
 	defer old.Close()
-	l, err := loadTCX(path)
+	l, err := loadLink(path, attached)
 	if err != nil {
 		return err
 	}
@@ -86,9 +87,11 @@ func (p pins) restoreTCX(path string, id ebpf.ProgramID) error {
 	return l.Update(old)
 }
 
-// loadTCX opens the pin of a link that is attached. A severed one (device or namespace gone,
+func loadTCX(path string) (link.Link, error) { return loadLink(path, attachedTCX) }
+
+// loadLink opens the pin of a link that is attached. A severed one (device, namespace or cgroup gone,
 // or detached by hand) and a pin of something else are removed, and reported as os.ErrNotExist.
-func loadTCX(path string) (link.Link, error) {
+func loadLink(path string, attached func(link.Link) bool) (link.Link, error) {
 	if _, err := os.Lstat(path); err != nil {
 		return nil, err
 	}
@@ -99,7 +102,7 @@ func loadTCX(path string) (link.Link, error) {
 		}
 		return nil, unpin(path)
 	}
-	if !attachedTCX(l) {
+	if !attached(l) {
 		l.Close()
 		return nil, unpin(path)
 	}

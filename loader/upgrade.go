@@ -94,6 +94,9 @@ func (a *attachment) upgrade() (err error) {
 	if err := a.sync(state, devices); err != nil {
 		return err
 	}
+	if err := c.attachHost(&undos); err != nil {
+		return err
+	}
 	if err := p.setAsked(a.opts.FastPath); err != nil {
 		return err
 	}
@@ -101,6 +104,9 @@ func (a *attachment) upgrade() (err error) {
 		return err
 	}
 	undos = nil // the new state is the one that a later run would mend
+	if err := c.dropHost(); err != nil {
+		return err
+	}
 	return state.SetLive(true)
 }
 
@@ -140,7 +146,7 @@ func (a *attachment) upgradePrograms(p pins, tables *objects, state *maps.State)
 		b.close()
 		return nil, err
 	}
-	keepNeeded(spec, l3, a.fast)
+	keepNeeded(spec, l3, a.cgroup != "", a.fast)
 	if missing == nil && readBuild(p.progs()).isOf(spec, old.progs) {
 		b.current, b.same = old, true
 		return b, nil

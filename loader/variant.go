@@ -28,16 +28,17 @@ func l3Programs() []string { return []string{bpf.NATProgFromUplinkL3, bpf.NATPro
 
 // optional says whether a program is loaded only where it is needed.
 func optional(progs map[string]bool, name string) bool {
-	return progs[name+firstSuffix] || strings.HasSuffix(name, firstSuffix) || slices.Contains(l3Programs(), name)
+	return progs[name+firstSuffix] || strings.HasSuffix(name, firstSuffix) || slices.Contains(l3Programs(), name) || isHostProgram(name)
 }
 
 // keepNeeded leaves out the programs that no device would run: to verify them takes longer than
-// all else.
-func keepNeeded(spec *ebpf.CollectionSpec, l3 bool, fast maps.FastPath) {
+// all else. l3 and host say whether devices without link header, and the host's own sockets, need
+// theirs.
+func keepNeeded(spec *ebpf.CollectionSpec, l3, host bool, fast maps.FastPath) {
 	var idle []string
 	for name := range spec.Programs {
 		plain, first := strings.CutSuffix(name, firstSuffix)
-		if !l3 && slices.Contains(l3Programs(), name) || first && fast != maps.FastPathAlways ||
+		if !l3 && slices.Contains(l3Programs(), name) || !host && isHostProgram(name) || first && fast != maps.FastPathAlways ||
 			variant(spec.Programs, plain, fast) != name && !first {
 			idle = append(idle, name)
 		}

@@ -26,23 +26,29 @@ func withFirst() (*ebpf.CollectionSpec, error) {
 }
 
 func TestKeepNeeded(t *testing.T) {
+	var hostPrograms []string
+	for _, h := range hostHooks() {
+		hostPrograms = append(hostPrograms, h.program)
+	}
 	for _, c := range []struct {
 		l3      bool
+		host    bool
 		fast    state.FastPath
 		without []string
 	}{
-		{true, state.FastPathEstablished, []string{"from_port_first"}},
-		{false, state.FastPathOff, []string{"from_port_first", bpf.NATProgFromUplinkL3, bpf.NATProgToUplinkL3}},
-		{true, state.FastPathAlways, []string{"from_port"}},
+		{true, true, state.FastPathEstablished, []string{"from_port_first"}},
+		{false, true, state.FastPathOff, []string{"from_port_first", bpf.NATProgFromUplinkL3, bpf.NATProgToUplinkL3}},
+		{true, true, state.FastPathAlways, []string{"from_port"}},
+		{true, false, state.FastPathEstablished, append(hostPrograms, "from_port_first")},
 	} {
 		all, err := withFirst()
 		must(t, err)
 		delete(all.Programs, bpf.NATProgFromBridge+firstSuffix)
 		spec := all.Copy()
-		keepNeeded(spec, c.l3, c.fast)
+		keepNeeded(spec, c.l3, c.host, c.fast)
 		for name := range all.Programs {
 			if _, kept := spec.Programs[name]; kept == slices.Contains(c.without, name) {
-				t.Errorf("l3 %v, %s: %s kept %v", c.l3, c.fast, name, kept)
+				t.Errorf("l3 %v, host %v, %s: %s kept %v", c.l3, c.host, c.fast, name, kept)
 			}
 		}
 	}

@@ -17,7 +17,8 @@ type DNATRule struct {
 	Protocol Protocol // TCP or UDP
 
 	// Destination is the address that packets come to. The zero Addr stands for every
-	// address of the host, of To's family.
+	// address of the host, of To's family; the host's own sockets reach it by 127.0.0.1 and ::1,
+	// too, and by IPv6 where To is IPv4. A loopback address is for them alone.
 	Destination netip.Addr
 
 	// Ingress is the ifindex of the device that they come in by; 0 for any.
@@ -33,7 +34,7 @@ type DNATRule struct {
 	// zero value keeps the port.
 	ToPorts PortRange
 
-	// Allow are the sources that may come in; empty for all.
+	// Allow are the sources that may come in; empty for all. The host itself always may.
 	Allow []netip.Prefix
 }
 
@@ -90,6 +91,9 @@ func (r DNATRule) checkKey() error {
 			return err
 		}
 	}
+	if r.Destination.IsLoopback() && r.Ingress != 0 {
+		return invalid("destination %s: is reached from the host alone, so by no device: leave the device out", r.Destination)
+	}
 	return r.Ports.check("port")
 }
 
@@ -116,6 +120,9 @@ func (r DNATRule) normalize() (DNATRule, error) {
 	allow, err := normalizePrefixes(r.Allow, r.To, "source")
 	if err != nil {
 		return r, err
+	}
+	if r.Destination.IsLoopback() && len(allow) > 0 {
+		return r, invalid("destination %s: is reached from the host alone, which is always allowed: leave the sources out", r.Destination)
 	}
 	r.Allow = allow
 	r.ID = 0

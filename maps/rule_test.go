@@ -96,6 +96,8 @@ func TestDNATRefusals(t *testing.T) {
 		"v4-mapped":         {func(r *DNATRule) { r.To = addr("::ffff:172.17.0.2") }, ErrInvalidRule, "write 172.17.0.2"},
 		"destination":       {func(r *DNATRule) { r.Destination = addr("0.0.0.0") }, ErrInvalidRule, "destination"},
 		"families":          {func(r *DNATRule) { r.Destination = addr("2001:db8::1") }, ErrInvalidRule, "mixed families"},
+		"loopback, device":  {func(r *DNATRule) { r.Destination, r.Ingress = addr("127.0.0.1"), 7 }, ErrInvalidRule, "leave the device out"},
+		"loopback, sources": {func(r *DNATRule) { r.Destination, r.Allow = addr("127.9.9.9"), prefixes("10.0.0.0/8") }, ErrInvalidRule, "leave the sources out"},
 		"source family":     {func(r *DNATRule) { r.Allow = prefixes("2001:db8::/32") }, ErrInvalidRule, "not IPv4"},
 		"source bits":       {func(r *DNATRule) { r.Allow = prefixes("10.0.0.1/8") }, ErrInvalidRule, "write 10.0.0.0/8"},
 		"source mapped":     {func(r *DNATRule) { r.Allow = prefixes("::ffff:10.0.0.0/104") }, ErrInvalidRule, "write 10.0.0.0/8"},

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -29,10 +30,16 @@ What stands in the way on this host, such as ip_forward=0, is printed as a warni
 	bindOnce(cmd.Flags(), &words.mode, "attach", "", "HOW", "HOW to attach: auto, tcx, clsact (default: tcx where the kernel has it)",
 		word("attach", map[string]loader.AttachMode{"auto": loader.Auto, "tcx": loader.TCX, "clsact": loader.Clsact}, "auto", "tcx", "clsact"))
 	completeWords(cmd, "attach", "auto", "tcx", "clsact")
+	bindOnce(cmd.Flags(), &words.cgroup, "cgroup", "", "PATH",
+		"the cgroup PATH (of version 2) whose processes reach published ports by the host's own addresses, auto for that of all, or none (default auto)", parseCgroup)
 	cmd.RunE = e.inNetns(func(cmd *cobra.Command) error {
 		options, err := words.options()
 		if err != nil {
 			return err
+		}
+		options.Cgroup = loader.CgroupAuto
+		if words.cgroup.isSet {
+			options.Cgroup = words.cgroup.value
 		}
 		status, err := e.attach(cmd.Context(), e.instance, options, e.logger())
 		if err != nil {
@@ -90,6 +97,7 @@ type attachWords struct {
 	unmanaged    once[bool]
 	fastPath     once[loader.FastPath]
 	mark         once[uint8]
+	cgroup       once[string] // of attach alone
 }
 
 func (w *attachWords) bind(cmd *cobra.Command) {
@@ -108,7 +116,7 @@ func (w *attachWords) bind(cmd *cobra.Command) {
 		"WHO may pass by the host's stack: auto, established, always, off (default auto: established where no connections are tracked, else off)",
 		word("fast-path", fastPathWords(), "auto", "established", "always", "off"))
 	bindOnce(fs, &w.mark, "mark", "", "BIT", fmt.Sprintf("the BIT of the packet mark that the fast path uses, 0 to 31 (default %d)", loader.DefaultMark), parseMark)
-	bindUnbuilt(fs, "max-new", "max-flows-per-source", "internal", "filtering", "protocols", "cgroup")
+	bindUnbuilt(fs, "max-new", "max-flows-per-source", "internal", "filtering", "protocols")
 	completeDevices(cmd, "bridge", "uplink")
 	completeWords(cmd, "fast-path", "auto", "established", "always", "off")
 	completeWords(cmd, "unmanaged-devices", "drop", "pass")
@@ -157,6 +165,19 @@ func parseMark(text string) (uint8, error) {
 	return uint8(bit), nil
 }
 
+// parseCgroup reads a directory of cgroup v2; "" is what none comes to.
+func parseCgroup(text string) (string, error) {
+	switch {
+	case text == "none":
+		return "", nil
+	case text == "auto":
+		return loader.CgroupAuto, nil
+	case !strings.HasPrefix(text, "/"):
+		return "", fmt.Errorf("--cgroup %s: takes a path from / on, auto, or none", quoteEmpty(text))
+	}
+	return text, nil
+}
+
 // parseMaxFlows reads how many flows the tables are made for.
 func parseMaxFlows(text string) (uint32, error) {
 	flows, err := strconv.ParseUint(text, 10, 64)
@@ -180,6 +201,9 @@ func (e *env) printAttached(status *loader.Status) {
 		fmt.Fprintf(e.stdout, "%s: attached\n", count(ports, "port"))
 	}
 	fmt.Fprintf(e.stdout, "fast path: %s\n", fastPathText(status))
+	if status.HostAccess.Attached {
+		fmt.Fprintf(e.stdout, "localhost: %s\n", hostAccessText(status))
+	}
 	for _, problem := range status.Problems {
 		e.warnf("%s", problem)
 	}
@@ -201,6 +225,17 @@ func attachedPorts(status *loader.Status) int {
 // fastPathText is the fast path in force, and why it is that one.
 func fastPathText(status *loader.Status) string {
 	return fmt.Sprintf("%s: %s", status.FastPath.Mode, status.FastPath.Reason)
+}
+
+// hostAccessText tells whether the host's own sockets reach published ports, and which of them.
+func hostAccessText(status *loader.Status) string {
+	switch {
+	case !status.HostAccess.Attached:
+		return "not attached"
+	case status.HostAccess.Cgroup == "":
+		return "attached, to a cgroup that is mounted nowhere here"
+	}
+	return "attached, to cgroup " + status.HostAccess.Cgroup
 }
 
 // namesOf are those of the attached devices of a class that are still there.

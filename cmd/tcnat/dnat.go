@@ -18,9 +18,12 @@ func newDNAT(e *env) *cobra.Command {
 		Short: "publish a port of a container",
 		Long: `Publishes a port, or a range of them, of a container on a managed bridge. The same
 rule twice is done and changes nothing; a rule whose ports intersect those of another one
-for the same destination is refused.`,
+for the same destination is refused. The host itself always may come in, by each of its
+addresses that the rule is for, and by 127.0.0.1 and ::1.`,
 		Example: `  # Port 3005 of every address of the host goes to a container:
   tcnat dnat add -p tcp --dport 3005 --to-destination 172.17.0.2:3005
+  # To the host itself alone:
+  tcnat dnat add -p tcp -d 127.0.0.1 --dport 5432 --to-destination 172.17.0.5
   # Only these sources may come in, to another port:
   tcnat dnat add -p tcp --dport 8443 --to-destination 172.17.0.3:443 -s 198.51.100.0/24
   # A range keeps its ports; IPv6 with a port is in brackets:
@@ -84,6 +87,9 @@ func (e *env) addDNAT(rule maps.DNATRule) error {
 				return false, err
 			}
 		}
+		if rule.Destination.IsLoopback() && !e.instance.HasHostAccess() {
+			e.warnf("-d %s: the host's own access is not attached, so nothing reaches the port by it: run tcnat attach with --cgroup", rule.Destination)
+		}
 		return state.AddDNAT(rule)
 	})
 }
@@ -120,7 +126,7 @@ type dnatWords struct {
 func (w *dnatWords) bind(fs *pflag.FlagSet) {
 	w.to.again = "--to-destination: several targets: not built yet"
 	bindOnce(fs, &w.protocol, "protocol", "p", "PROTO", "PROTO of the port: tcp or udp", parseDNATProtocol)
-	bindOnce(fs, &w.destination, "destination", "d", "ADDR", "ADDR of the host that is published (default: every one)", parseDestination)
+	bindOnce(fs, &w.destination, "destination", "d", "ADDR", "ADDR of the host that is published, 127.0.0.1 or ::1 for the host alone (default: every one)", parseDestination)
 	bindOnce(fs, &w.in, "in-interface", "i", "IF", "only what comes in by the device IF", parseDevice)
 	bindOnce(fs, &w.dport, "dport", "", "N[-M]", "published port N, or N[-M] for a range", named("--dport", parsePorts))
 	bindOnce(fs, &w.to, "to-destination", "", "ADDR[:PORT[-PORT]]", "container: ADDR[:PORT[-PORT]], IPv6 as [ADDR]:PORT (default port: the published one)", parseTarget)
@@ -136,6 +142,8 @@ func (w *dnatWords) rule(whole bool, lookup func(string) (uint32, error)) (maps.
 		return maps.DNATRule{}, usagef("-p is missing: tcp or udp")
 	case !w.dport.isSet:
 		return maps.DNATRule{}, usagef("--dport is missing: the port to publish")
+	case w.in.isSet && w.destination.value.IsLoopback():
+		return maps.DNATRule{}, usagef("-d %s: is reached from the host alone, so by no device: leave -i out", w.destination.value)
 	case whole && !w.to.isSet:
 		return maps.DNATRule{}, usagef("--to-destination is missing: the container's address and port")
 	}
@@ -175,14 +183,11 @@ func parseDNATProtocol(text string) (maps.Protocol, error) {
 	return protocol, nil
 }
 
-// parseDestination reads the -d of DNAT: one address of the host.
+// parseDestination reads the -d of DNAT: one address of the host, which may be a loopback one.
 func parseDestination(text string) (netip.Addr, error) {
 	addr, err := parseHost(text)
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("-d %w", err)
-	}
-	if addr.IsLoopback() {
-		return netip.Addr{}, fmt.Errorf("-d %s: publishing to the host alone is not built yet", addr)
 	}
 	return addr, nil
 }

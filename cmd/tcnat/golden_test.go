@@ -96,8 +96,9 @@ func goldenReport() *report {
 	return &report{
 		Status: loader.Status{
 			Instance: "default", Pins: "/sys/fs/bpf/tcnat/default/v1", Live: true, NetnsCookie: 4711,
-			Config:   maps.Config{Live: true, NetnsCookie: 4711, MaxFlows: 262144, Timeouts: maps.DefaultTimeouts(), FastPath: maps.FastPathEstablished, Mark: 1 << 12},
-			FastPath: loader.FastPathStatus{Mode: maps.FastPathEstablished, Reason: "no connections are tracked", Granted: 2, Redirected: 3456},
+			Config:     maps.Config{Live: true, NetnsCookie: 4711, MaxFlows: 262144, Timeouts: maps.DefaultTimeouts(), FastPath: maps.FastPathEstablished, Mark: 1 << 12},
+			FastPath:   loader.FastPathStatus{Mode: maps.FastPathEstablished, Reason: "no connections are tracked", Granted: 2, Redirected: 3456},
+			HostAccess: loader.HostAccess{Attached: true, Cgroup: "/sys/fs/cgroup"},
 			Ports: []loader.PortStatus{
 				{
 					Name: "veth1", Ifindex: 5, Bridge: "docker0", Attach: maps.AttachTCX, Peer: true,

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -72,6 +73,12 @@ func privateMounts() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
 	}
+	// Whatever a test forgets, the machine's root cgroup is out of reach.
+	for _, cgroups := range []string{"/sys/fs/cgroup/unified", "/sys/fs/cgroup"} {
+		if err := unix.Unmount(cgroups, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("unmount %s: %w", cgroups, err)
+		}
+	}
 	for target, kind := range map[string]string{"/sys/fs/bpf": "bpf", "/run": "tmpfs"} {
 		if err := unix.Mount(kind, target, kind, 0, "mode=0700"); err != nil {
 			return fmt.Errorf("mount %s: %w", target, err)
@@ -86,9 +93,13 @@ type result struct {
 	stdout, stderr string
 }
 
-// tcnat runs one command line in this process.
+// tcnat runs one command line in this process. attach goes to no cgroup unless it names one: the
+// default is the machine's root.
 func tcnat(t *testing.T, args ...string) result {
 	t.Helper()
+	if slices.Contains(args, "attach") && args[0] != "__complete" && !slices.Contains(args, "--cgroup") {
+		args = append(slices.Clone(args), "--cgroup", "none")
+	}
 	var stdout, stderr bytes.Buffer
 	code := run(t.Context(), newEnv(&stdout, &stderr), args)
 	return result{code, stdout.String(), stderr.String()}

@@ -18,7 +18,13 @@ func (e *env) writeRules(unchanged string, work func(*maps.State) (changed bool,
 		if err == nil && !changed {
 			e.notef("%s: nothing changed", unchanged)
 		}
-		return err
+		if err != nil || !changed {
+			return err
+		}
+		if _, err := datapath.EndHostSockets(); err != nil {
+			e.warnf("done, but connections of the host itself by the rule that has gone stay: %v", err)
+		}
+		return nil
 	})
 }
 

@@ -112,6 +112,7 @@ type (
 		Pins        string           `json:"pins"`
 		NetnsCookie uint64           `json:"netns_cookie"`
 		FastPath    fastPathEntry    `json:"fast_path"`
+		HostAccess  hostAccessEntry  `json:"host_access"`
 		Devices     []deviceEntry    `json:"devices"`
 		Ports       []portEntry      `json:"ports"`
 		Options     optionsEntry     `json:"options"`
@@ -155,6 +156,10 @@ type (
 		FlowsIn    int    `json:"flows_in"`
 		Granted    uint64 `json:"leases_granted"`
 		Redirected uint64 `json:"packets_redirected"`
+	}
+	hostAccessEntry struct {
+		Attached bool   `json:"attached"`
+		Cgroup   string `json:"cgroup,omitempty"`
 	}
 	hookEntry struct {
 		Program string   `json:"program"`
@@ -214,8 +219,9 @@ func (r *report) entry() statusEntry {
 			Granted:    r.FastPath.Granted,
 			Redirected: r.FastPath.Redirected,
 		},
-		Devices: []deviceEntry{},
-		Ports:   []portEntry{},
+		HostAccess: hostAccessEntry(r.HostAccess),
+		Devices:    []deviceEntry{},
+		Ports:      []portEntry{},
 		Options: optionsEntry{
 			Masquerade:       !r.Config.Routed,
 			Isolate:          !r.Config.NoIsolation,

@@ -40,6 +40,7 @@ func (r *report) writeSummary(w io.Writer) error {
 		{"rules", fmt.Sprintf("%d snat, %d dnat", r.snat, r.dnat)},
 		{"flows", r.flowsText()},
 		{"fast path", r.fastPathText()},
+		{"localhost", hostAccessText(&r.Status)},
 		{"expiry", expiry},
 		{"options", r.optionsText()},
 	} {

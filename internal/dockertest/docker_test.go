@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -32,6 +33,7 @@ type scenario struct {
 	daemon   *daemon
 	tcnat    string // path of the command
 	peer     string // path of the program that asks and answers
+	cgroup   string // of version 2, empty: commands of the host's go there
 	instance loader.Instance
 }
 
@@ -56,8 +58,9 @@ func TestContainerAndPublishedPort(t *testing.T) {
 
 			s.mustNotReachWorld(ctx, t)
 			s.mustBeSeenAs(ctx, t, tc.before)
+			s.mustReachItself(ctx, t, tc.before != "")
 
-			s.run(ctx, t, "attach", "--bridge", lab.Bridge, "--uplink", lab.Uplink)
+			s.run(ctx, t, "attach", "--bridge", lab.Bridge, "--uplink", lab.Uplink, "--cgroup", s.cgroup)
 			s.mustReachWorld(ctx, t)
 			address := s.containerAddress(ctx, t)
 			for _, protocol := range []string{"tcp", "udp"} {
@@ -65,6 +68,7 @@ func TestContainerAndPublishedPort(t *testing.T) {
 					"--to-destination", fmt.Sprintf("%s:%d", address, published))
 			}
 			s.mustBeSeenAs(ctx, t, s.lab.World.Addr(lab.IPv4).String())
+			s.mustReachItself(ctx, t, true)
 			s.mustReachWorld(ctx, t)
 			s.mustHaveNoFirewallRule(ctx, t)
 
@@ -75,6 +79,7 @@ func TestContainerAndPublishedPort(t *testing.T) {
 			}
 			s.mustNotReachWorld(ctx, t)
 			s.mustBeSeenAs(ctx, t, tc.before)
+			s.mustReachItself(ctx, t, tc.before != "")
 		})
 	}
 }
@@ -123,6 +128,7 @@ func newScenario(ctx context.Context, t *testing.T, tcnat, peer, daemonFlag stri
 	s := &scenario{
 		lab: l, tcnat: tcnat, peer: peer,
 		daemon:   startDaemon(t, l.Host, daemonFlag),
+		cgroup:   newCgroup(t, "tcnat-docker-"+l.Name),
 		instance: loader.Instance{Name: "docker-" + l.Name},
 	}
 	t.Cleanup(func() {
@@ -256,6 +262,43 @@ func (s *scenario) mustBeSeenAs(ctx context.Context, t *testing.T, client string
 			t.Errorf("%s: the container's server saw %q, want %q", protocol, strings.TrimSpace(got), client+" in")
 		}
 	}
+}
+
+// mustReachItself asks the published port from the host itself, by its own addresses. The server
+// takes the bridge for its client, whether docker-proxy asks or the host's own socket does.
+func (s *scenario) mustReachItself(ctx context.Context, t *testing.T, reaches bool) {
+	t.Helper()
+	for _, address := range []string{"127.0.0.1", "[::1]", s.lab.Host.Addr(lab.IPv4).String(), lab.BridgeAddr(lab.IPv4).String()} {
+		for _, protocol := range []string{"tcp", "udp"} {
+			at := fmt.Sprintf("%s:%d", address, published)
+			got, err := s.lab.Host.Command(ctx, "sh", "-c", `echo $$ >"$0" && exec "$@"`,
+				filepath.Join(s.cgroup, "cgroup.procs"), s.peer, "ask", protocol, at, "in")
+			want := lab.BridgeAddr(lab.IPv4).String() + " in"
+			if reaches && (err != nil || strings.TrimSpace(got) != want) || !reaches && err == nil {
+				t.Errorf("%s to %s from the host itself: the container's server saw %q, error %v, want it reached: %t",
+					protocol, at, strings.TrimSpace(got), err, reaches)
+			}
+		}
+	}
+}
+
+// newCgroup makes an empty cgroup of version 2.
+func newCgroup(t *testing.T, name string) string {
+	t.Helper()
+	root := t.TempDir()
+	if err := unix.Mount("none", root, "cgroup2", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(root, name)
+	t.Cleanup(func() {
+		if err := errors.Join(os.Remove(dir), unix.Unmount(root, unix.MNT_DETACH)); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 // mustHaveNoFirewallRule checks that neither iptables nor nftables holds anything.
