@@ -23,8 +23,8 @@ enum created {
 	CREATED_NOT,	   /* plan->reason says why */
 };
 
-/* The tuple is the reply's of a flow that is over: now its other side begins one. What that flow had
- * is given back here, since its reply half, by which the expiry would find it, becomes our original one.
+/* The tuple is the reply's of a flow that is over: now its other side begins one. If it comes to that,
+ * the old reply half, by which the expiry would find the flow, becomes our original one: see end_reversed().
  */
 __noinline enum created own_ended_reply(void)
 {
@@ -41,7 +41,7 @@ __noinline enum created own_ended_reply(void)
 		return CREATED_NOT;
 	was = standing_of(reply);
 	hairpin = reply->translation == TRANSLATION_HAIRPIN;
-	key = &plan->old_claim;
+	key = &plan->old_original;
 	*key = reply->other;
 	original = bpf_map_lookup_elem(&flows, key);
 	if (original && original->standing.id != was.id)
@@ -57,15 +57,21 @@ __noinline enum created own_ended_reply(void)
 		bpf_map_delete_elem(&flows, key);
 	if (hairpin)
 		transits_delete(key, &plan->original, was.id, &plan->transit);
-	if (was.mapped)
-		mapping_drop(key, &plan->original);
 	plan->takeover = true;
+	plan->reversed = true;
 	plan->old_claim = plan->original;
 	plan->old_id = was.id;
-	plan->old_mapped = false;
+	plan->old_mapped = was.mapped;
 	count(FLOWS_TAKEN_OVER);
-	count(FLOWS_ENDED);
 	return CREATED;
+}
+
+/* What the expiry does for other flows that end. */
+static __always_inline void end_reversed(struct plan *plan)
+{
+	if (plan->old_mapped)
+		mapping_drop(&plan->old_original, &plan->original);
+	count(FLOWS_ENDED);
 }
 
 /* A half with our tuple that half_find() did not accept: a flow that has ended and was not
@@ -205,8 +211,9 @@ static __always_inline void give_back_claim(struct plan *plan)
 		mapping_drop(&plan->original, &plan->entry.claim);
 	full_barrier(plan);
 	original = bpf_map_lookup_elem(&flows, &plan->original);
-	if (original && (original->standing.id == plan->entry.id ||
-			 (plan->takeover && original->standing.id == plan->old_id)))
+	if (original &&
+	    (original->standing.id == plan->entry.id ||
+	     (plan->takeover && !plan->reversed && original->standing.id == plan->old_id)))
 		bpf_map_delete_elem(&flows, &plan->original);
 }
 
@@ -269,6 +276,8 @@ __noinline enum created flow_create(struct __sk_buff *skb)
 	plan->half.guard = new_guard(&plan->original, &plan->entry.claim, plan->entry.id);
 	err = bpf_map_update_elem(&flows, &plan->original, &plan->half,
 				  plan->takeover ? BPF_EXIST : BPF_NOEXIST);
+	if (!err && plan->reversed)
+		end_reversed(plan);
 	if (!err && claimed == CLAIM_SAME && !helped(plan))
 		return CREATED_NOT;
 	if (!err) {

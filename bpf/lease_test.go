@@ -61,7 +61,12 @@ var grants = []grant{
 	}},
 	{name: "from-an-unmanaged-device", carry: func(c path) {
 		_, seen := c.in("A", "x")
-		c.untouched(toBridge().by(eth1If), seen.forwarded().between(bridgeMAC, containerMAC))
+		back := seen.forwarded().between(bridgeMAC, containerMAC)
+		if c.translation() == bpf.NATTranslationTRANSLATION_IDENTITY {
+			c.untouched(toBridge().by(eth1If), back)
+		} else { // nobody has translated it
+			c.drops(toBridge().by(eth1If), back, bpf.NATCounterDROP_NO_FLOW)
+		}
 	}},
 	{name: "our-bit-set-by-others", carry: func(c path) {
 		sent, wire := c.out("A", "x")
@@ -348,4 +353,10 @@ func TestAdjacencyBusy(t *testing.T) {
 			}
 		}
 	})
+}
+
+// translation is what the path's flow has.
+func (c path) translation() bpf.NATTranslation {
+	c.Helper()
+	return c.mustHalf(c.outTuple()).Translation
 }

@@ -241,12 +241,6 @@ func (p *player) expect(what string, verdict uint32, out []byte, counted counts,
 // flow whose tuple it has, if any.
 func (p *player) opened(what string, c choice, old *modelFlow, in packet, verdict uint32, out []byte, counted counts, port func([]byte) uint16) {
 	p.Helper()
-	if old != nil && old.reply == in.tuple() { // whose other side may still speak
-		if counted[bpf.NATCounterDROP_ENDING] != 1 {
-			p.Errorf("%s: opened a flow on the reply tuple of another", what)
-		}
-		return
-	}
 	if old != nil {
 		old.ended = true
 		if verdict == shot { // it is half-ended: no reason to guess how its packets fare

@@ -401,7 +401,8 @@ type NATPlan struct {
 	Queued          uint8
 	Absent          uint8
 	Tcp             uint8
-	Pad             [2]uint8
+	Reversed        uint8
+	Pad             uint8
 	Packets         uint32
 	Bytes           uint32
 	_               [4]byte
@@ -411,12 +412,13 @@ type NATPlan struct {
 		In    uint16
 		Stamp uint32
 	}
-	OldClaim NATTuple
-	Transit  NATTuple
-	OldId    uint32
-	Reason   NATCounter
-	Now      uint32
-	_        [4]byte
+	OldClaim    NATTuple
+	OldOriginal NATTuple
+	Transit     NATTuple
+	OldId       uint32
+	Reason      NATCounter
+	Now         uint32
+	_           [4]byte
 }
 
 type NATPortKey struct {

@@ -39,15 +39,17 @@ struct plan {
 	__u8 outside;  /* the claim's destination is an address of the host */
 	__u8 takeover; /* an ended flow with the same original tuple is replaced */
 	__u8 old_mapped;
-	__u8 queued; /* the expiry queue has the flow's entry already */
-	__u8 absent; /* nothing was found under the original tuple just now */
-	__u8 tcp;    /* what the first packet shows */
-	__u8 pad[2];
+	__u8 queued;   /* the expiry queue has the flow's entry already */
+	__u8 absent;   /* nothing was found under the original tuple just now */
+	__u8 tcp;      /* what the first packet shows */
+	__u8 reversed; /* replaced is a flow that the other side had begun */
+	__u8 pad;
 	__u32 packets; /* it is, and how long; 0: it is counted later */
 	__u32 bytes;
-	struct lease lease;	/* of the original half, from the beginning */
-	struct tuple old_claim; /* of that flow */
-	struct tuple transit;	/* scratch */
+	struct lease lease;	   /* of the original half, from the beginning */
+	struct tuple old_claim;	   /* of that flow */
+	struct tuple old_original; /* of a flow whose reply tuple it was */
+	struct tuple transit;	   /* scratch */
 	__u32 old_id;
 	enum counter reason; /* why no flow was made */
 	__u32 now;
@@ -78,6 +80,7 @@ static __always_inline void plan_begin(const struct packet *p, struct plan *plan
 	plan->map = false;
 	plan->outside = false;
 	plan->takeover = false;
+	plan->reversed = false;
 	plan->queued = false;
 	plan->absent = p->absent;
 	plan->packets = 0;

@@ -122,8 +122,8 @@ func TestFastCounts(t *testing.T) {
 				send(n, 0, 64+i%1000)
 				send(n, 1, 64+i%700)
 			}
-			if i%20 == 0 {
-				time.Sleep(time.Millisecond) // or a queue runs over
+			if i%10 == 0 {
+				time.Sleep(2 * time.Millisecond) // or a queue runs over: this process carries for tun0
 			}
 		}
 		if redirected := r.redirected(t) - before; redirected < uint64(len(counts)*burst*2*9/10) {

@@ -32,20 +32,6 @@ func TestRefused(t *testing.T) {
 			}
 			poll(t, "a fragment is counted", func() bool { return r.drops(t)["fragment"] > 0 })
 		}},
-		{"hairpin to itself", "hairpin", func(t *testing.T, r *rig, f lab.Family) {
-			c := r.Containers[0]
-			r.publish(t, maps.SinglePort(3005), c.Addr(f), maps.PortRange{})
-			for _, protocol := range protocols() {
-				call{protocol, c, c, at(c.Addr(f), 3005), at(r.Host.Addr(f), 3005)}.mustFail(t)
-			}
-		}},
-		{"hairpin to a neighbour", "hairpin", func(t *testing.T, r *rig, f lab.Family) {
-			c, neighbour := r.Containers[0], r.Containers[1]
-			r.publish(t, maps.SinglePort(3005), neighbour.Addr(f), maps.PortRange{})
-			for _, protocol := range protocols() {
-				call{protocol, c, neighbour, at(neighbour.Addr(f), 3005), at(lab.BridgeAddr(f), 3005)}.mustFail(t)
-			}
-		}},
 		{"a container's own address from outside", "no-flow", func(t *testing.T, r *rig, f lab.Family) {
 			if err := r.Router.AddRoute(lab.BridgeSubnet(f), r.Host.Addr(f), "eth0"); err != nil {
 				t.Fatal(err)
