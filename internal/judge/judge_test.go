@@ -55,6 +55,10 @@ func seeds() []uint64 {
 	if *seedFlag != 0 {
 		return []uint64{*seedFlag}
 	}
+	if os.Getenv("TCNAT_TEST_LONG") == "" {
+		// The known ones: what a change brings should not depend on the day. New ones are for the long run.
+		return []uint64{fixedSeed, fixedSeed + 1}
+	}
 	return []uint64{fixedSeed, rand.Uint64N(1<<32) + 1}
 }
 

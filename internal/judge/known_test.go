@@ -235,8 +235,12 @@ func quoteOfNoVersion(d *difference) bool {
 }
 
 func errorOfNeighbour(d *difference) bool {
-	e, ok := d.isError()
-	return ok && d.step.from == within && e.byRouter && d.delivered(netfilter) && d.total(tcnat) == 0
+	_, ok := d.isError()
+	if !ok || d.step.from != within || !d.delivered(netfilter) || d.total(tcnat) != 0 {
+		return false
+	}
+	quoted, ok := parse(d.sent[netfilter][d.header().l4+icmpSize:])
+	return ok && quoted.dst != d.header().src
 }
 
 func otherMessage(d *difference) bool {
