@@ -103,7 +103,9 @@ static __noinline enum verdict forward_at_once(struct packet *p, __u32 in)
 	__u32 out;
 
 	if (!is_always(p) || in < ADJACENCY_FIRST || !plan ||
-	    (p->half && lease_holds(p, lease_of(p->half))) || !is_sound(p))
+	    (p->half &&
+	     (p->half->translation == TRANSLATION_HAIRPIN || lease_holds(p, lease_of(p->half)))) ||
+	    !is_sound(p))
 		return GO_ON;
 	out = output_by_route(p, &p->h.tuple.src, &p->h.tuple.dst, p->bridge, CLASS_UPLINK);
 	output = out ? adjacency_get(out) : NULL;

@@ -148,13 +148,13 @@ static __always_inline void fill_half(struct plan *plan, enum role role)
 	half->tcp = plan->tcp;
 }
 
-/* One direction's transit half. It may be there: of a flow that this one takes the place of, or made by the
- * CPU that is making the same flow.
+/* One direction's transit half. It may be there: of a flow that this one takes the place of, made by the CPU
+ * that is making the same flow, or left by one that is no more.
  */
 static __always_inline bool transit_insert(struct plan *plan, const struct tuple *key,
 					   const struct tuple *other)
 {
-	struct half *half;
+	struct half *half, *reply;
 	__u32 id;
 
 	plan->half.other = *other;
@@ -165,10 +165,15 @@ static __always_inline bool transit_insert(struct plan *plan, const struct tuple
 	if (!half || half->role != ROLE_TRANSIT)
 		return false;
 	id = half->standing.id;
-	if (id == plan->entry.id)
-		return true;
-	return plan->takeover && id == plan->old_id &&
-	       !bpf_map_update_elem(&flows, key, &plan->half, BPF_EXIST);
+	if (!plan->takeover || id != plan->old_id) {
+		if (id == plan->entry.id)
+			return true;
+		reply = bpf_map_lookup_elem(&flows, &half->other);
+		if (reply && reply->standing.id == id &&
+		    rule_current(reply->rule, reply->generation))
+			return false;
+	}
+	return !bpf_map_update_elem(&flows, key, &plan->half, BPF_EXIST);
 }
 
 /* What a hairpin flow looks like between its two hooks, in both directions. */

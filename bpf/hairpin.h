@@ -40,6 +40,8 @@ static __noinline enum verdict hairpin_turn(struct packet *p)
 		return PASS; /* turned already */
 	if (opens_anew(p, &f))
 		return GO_ON;
+	if (!bridge_of(&f.to.dst))
+		return drop(p, DROP_ENDING); /* the server's bridge is gone: who knows where to */
 	half_see(p, f.half);
 	f.to.src = p->h.tuple.src;
 	f.to.sport = p->h.tuple.sport;
@@ -61,15 +63,21 @@ static __noinline enum verdict open_hairpin(struct packet *p)
 	    (t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
 	    !dnat_find(t, p->bridge, &plan->published))
 		return PASS;
+	/* no route to it looks like an address of the host's own: see route_of() */
+	if (plan->published.any && !bpf_map_lookup_elem(&host_addresses, &t->dst))
+		return PASS;
 	if (p->h.tcp & TCP_RST)
 		return PASS;
 	rule = &plan->published.rule;
 	bridge = bridge_of(&rule->to);
 	if (!bridge)
 		return PASS; /* the bridge of its target is gone */
+	/* of docker-proxy, or an answer to the host's own: an unconnected UDP socket's port may well lie
+	 * in a published range
+	 */
 	if ((p->h.tcp & (TCP_SYN | TCP_ACK)) != TCP_SYN &&
-	    host_has_socket(p->skb, t, SOCKET_CONNECTED))
-		return PASS; /* of docker-proxy, or an answer to the host's own */
+	    host_has_socket(p->skb, t, t->proto == IPPROTO_UDP ? SOCKET_ANY : SOCKET_CONNECTED))
+		return PASS;
 	if (rule->flags & DNAT_ALLOW_LIST && !rule_lists(p->config, rule->id, &t->src))
 		return drop(p, DROP_NOT_ALLOWED);
 	plan_begin(p, plan);

@@ -105,7 +105,9 @@ func TestHairpin(t *testing.T) {
 			for _, p := range []protocol{tcp, udp} {
 				d.loop(f, p, clientOf(f), besideOf(f), f.uplink).life()
 			}
-			d.emptied()
+			if !d.complete { // it takes seconds
+				d.emptied()
+			}
 		})
 	}
 }
@@ -173,7 +175,9 @@ func TestHairpinAgain(t *testing.T) {
 			if n := d.halves(); n != 4 {
 				d.Errorf("%d halves, want 4:\n%s", n, d.allFlows())
 			}
-			d.emptied()
+			if !d.complete { // it takes seconds
+				d.emptied()
+			}
 		})
 	}
 }
@@ -200,7 +204,9 @@ func TestHairpinAmbiguous(t *testing.T) {
 				}
 				l.asks, l.published, l.outsideAt = at(f.container, 40001), at(f.uplink, 3006), at(f.uplink, 40001)
 				l.life()
-				d.emptied()
+				if !d.complete { // it takes seconds
+					d.emptied()
+				}
 			})
 		}
 	}
@@ -228,6 +234,56 @@ func TestHairpinRules(t *testing.T) {
 			rules.dnat[0].ingress = uplinkIf
 			d.setRules(rules)
 			d.untouched(fromBridge(), l.packet(at(f.container, 41000), l.published, true, "S", "").between(containerMAC, bridgeMAC))
+		})
+	}
+}
+
+// A rule that goes and comes back, as when a container starts anew, takes old flows along: the next packet begins
+// one that works, on whichever bridge.
+func TestHairpinRuleSwap(t *testing.T) {
+	d := load(t, 64)
+	for _, f := range families {
+		for _, p := range []protocol{tcp, udp} {
+			for _, server := range []resident{clientOf(f), besideOf(f), beyondOf(f)} {
+				d.each(f.name+"/"+p.name+"/"+server.address.String(), func(d *datapath) {
+					rules := publishOn(server.address, p.number(f))
+					d.setRules(rules)
+					l := d.loop(f, p, clientOf(f), server, f.uplink)
+					l.life()
+					for range 3 {
+						d.endRule(dnatID(0))
+						d.setRules(rules)
+						l.forth("A", "x")
+						l.back("A", "y")
+						l.forth("A", "x")
+					}
+					if n := d.halves(); n != 4 {
+						d.Errorf("%d halves, want 4:\n%s", n, d.allFlows())
+					}
+					if f.name == "ipv4" && !d.complete { // it takes seconds
+						d.emptied()
+					}
+				})
+			}
+		}
+	}
+}
+
+// An address that is nobody's known one is none of the host's, though the host may have no route to it; what an
+// unconnected socket of the host is answered is not for a container whose published range it hits.
+func TestHairpinNotOurs(t *testing.T) {
+	d := load(t, 64)
+	for _, f := range families {
+		d.each(f.name, func(d *datapath) {
+			d.setRules(publishOn(f.other, protoTCP, protoUDP))
+			l := d.loop(f, tcp, clientOf(f), besideOf(f), f.second)
+			d.check(d.HostAddresses.Delete(natAddr(f.second)))
+			d.untouched(fromBridge(), l.packet(l.asks, l.published, true, "S", "").between(containerMAC, bridgeMAC))
+			d.loop(f, udp, clientOf(f), besideOf(f), f.uplink).life()
+			bindUDP(d, at(f.uplink, 3005))
+			answer := l.packet(at(f.container, 53), at(f.uplink, 3005), true, "", "answer")
+			answer.proto = protoUDP
+			d.untouched(fromBridge(), answer.between(containerMAC, bridgeMAC))
 		})
 	}
 }

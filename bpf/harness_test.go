@@ -161,6 +161,9 @@ func (d *datapath) reset() {
 	for _, f := range families {
 		d.check(d.Subnets.Put(subnetKey(f.subnet), bridgeIf))
 		d.check(d.Subnets.Put(subnetKey(f.subnet2), bridge2If))
+		for _, own := range []netip.Addr{f.bridge, f.bridge2, f.uplink, f.second} {
+			d.check(d.HostAddresses.Put(natAddr(own), uint32(0)))
+		}
 	}
 }
 

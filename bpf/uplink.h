@@ -148,8 +148,8 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 		return drop(p, DROP_FRAGMENT);
 	if (p->h.kind != KIND_FLOW)
 		return drop(p, DROP_PROTOCOL);
-	if (half_find(&p->h.tuple, &f, false) && half_accepts(f.half, CLASS_BRIDGE, from) &&
-	    !opens_anew(p, &f)) {
+	if (half_find(&p->h.tuple, &f, false) && f.half->role != ROLE_TRANSIT &&
+	    half_accepts(f.half, CLASS_BRIDGE, from) && !opens_anew(p, &f)) {
 		lease_outward(p, &f);
 		return translate(p, &f);
 	}
@@ -169,7 +169,9 @@ static __noinline enum verdict guard_inside(struct packet *p)
 {
 	__u32 ifindex;
 
-	if (is_outside(p, &p->h.tuple.dst) || route_of(p, &ifindex) == ROUTE_LOCAL)
+	if (is_outside(p, &p->h.tuple.dst) ||
+	    bpf_map_lookup_elem(&host_addresses, &p->h.tuple.dst) ||
+	    route_of(p, &ifindex) == ROUTE_LOCAL)
 		return PASS; /* the host's own, or forwarded for somebody else */
 	return drop(p, DROP_NO_FLOW);
 }
