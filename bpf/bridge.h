@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* bridge.h - the hooks of a container bridge and of its ports. In the slow path they rewrite nothing:
- * they decide what containers may send, and what may reach them.
+/* bridge.h - the hooks of a container bridge and of its ports. In the slow path they rewrite nothing
+ * but hairpin packets: they decide what containers may send, and what may reach them.
  */
 #pragma once
 

@@ -123,8 +123,9 @@ struct {
 	__type(value, __u32);
 } subnets SEC(".maps");
 
-/* The addresses of the host's own that a rule without address holds for, where no packet is there to
- * ask the routing table about; value: the device. 127.0.0.1 and ::1 need not be in it. Written by Go.
+/* The addresses of the host's own that a rule without address holds for, where the routing table cannot
+ * be asked (a socket has no packet) or does not tell (a container's packet without a route looks local);
+ * value: the device. 127.0.0.1 and ::1 need not be in it. Written by Go.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

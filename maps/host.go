@@ -11,7 +11,7 @@ import (
 )
 
 // HostAddresses returns the host's own addresses that rules without a destination hold for when
-// one of its own sockets names them, and the ifindex of each one's device. 127.0.0.1 and ::1 are
+// one of its own sockets or a container names them, and the ifindex of each one's device. 127.0.0.1 and ::1 are
 // not among them: rules hold for those anyway.
 func (s *State) HostAddresses() (map[netip.Addr]uint32, error) {
 	addresses := map[netip.Addr]uint32{}
