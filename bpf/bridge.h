@@ -152,18 +152,6 @@ static __always_inline enum verdict port_ingress(struct packet *p, __u32 l3, boo
 	return is_stolen_mac(p) ? drop(p, DROP_SPOOFED_MAC) : PASS;
 }
 
-/* What a device without from_uplink let in was translated by nobody. */
-static __always_inline bool came_translated(const struct packet *p, const struct half *half)
-{
-	__u32 ifindex = p->skb->ingress_ifindex;
-	const struct device *device;
-
-	if (half->translation == TRANSLATION_IDENTITY)
-		return true;
-	device = bpf_map_lookup_elem(&devices, &ifindex);
-	return device && device->class == CLASS_UPLINK;
-}
-
 /* A forwarded packet may enter as part of a flow: what from_uplink sent on is the inverse of
  * what the container answers with.
  */

@@ -19,6 +19,7 @@
 #include "flow_state.h"
 #include "mapping.h"
 #include "packet.h"
+#include "transit.h"
 
 #define EXPIRY_PERIOD	  ((2ULL * 1000 * 1000 * 1000) >> STAMP_SHIFT)
 #define EXPIRY_PERIOD_MAX (8 * EXPIRY_PERIOD)
@@ -54,37 +55,6 @@ static __always_inline void mark_original(struct half *original, __u32 id, enum 
 
 	if (was.id == id && was.life == from)
 		swap_life(original, was, to);
-}
-
-/* What a packet of a hairpin flow looks like between its two hooks: it has its source still, and its
- * destination already. from is the tuple that it came with, back that of the other direction.
- */
-static __always_inline void transit_of(struct tuple *transit, const struct tuple *from,
-				       const struct tuple *back)
-{
-	*transit = *from;
-	transit->dst = back->src;
-	transit->dport = back->sport;
-}
-
-static __always_inline void transit_delete(const struct tuple *transit, __u32 id)
-{
-	struct half *half = bpf_map_lookup_elem(&flows, transit);
-
-	if (half && half->role == ROLE_TRANSIT && half->standing.id == id)
-		bpf_map_delete_elem(&flows, transit);
-}
-
-static __noinline int transits_delete(const struct tuple *original, const struct tuple *reply,
-				      __u32 id, struct tuple *scratch)
-{
-	if (!original || !reply || !scratch)
-		return 0;
-	transit_of(scratch, original, reply);
-	transit_delete(scratch, id);
-	transit_of(scratch, reply, original);
-	transit_delete(scratch, id);
-	return 0;
 }
 
 /* original is NULL when that half is gone, or of another flow by now. */

@@ -4,6 +4,7 @@
 
 #include "packet.h"
 #include "plan.h"
+#include "recent.h"
 #include "route.h"
 #include "rule.h"
 
@@ -57,4 +58,30 @@ static __always_inline enum verdict guard_route(struct packet *p)
 	if (p->h.fragment != FRAGMENT_NONE)
 		return drop(p, DROP_FRAGMENT);
 	return PASS;
+}
+
+/* What a device without from_uplink let in was translated by nobody. */
+static __always_inline bool came_translated(const struct packet *p, const struct half *half)
+{
+	__u32 ifindex = p->skb->ingress_ifindex;
+	const struct device *device;
+
+	if (half->translation == TRANSLATION_IDENTITY)
+		return true;
+	device = bpf_map_lookup_elem(&devices, &ifindex);
+	return device && device->class == CLASS_UPLINK;
+}
+
+/* What is of no flow, and not for the host, may not reach a container by its own address. At to_bridge
+ * it could not be told from what was translated here.
+ */
+static __noinline enum verdict guard_inside(struct packet *p)
+{
+	__u32 ifindex;
+
+	if (is_outside(p, &p->h.tuple.dst) ||
+	    bpf_map_lookup_elem(&host_addresses, &p->h.tuple.dst) ||
+	    route_of(p, &ifindex) == ROUTE_LOCAL)
+		return PASS; /* the host's own, or forwarded for somebody else */
+	return drop(p, DROP_NO_FLOW);
 }

@@ -162,20 +162,6 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 	return v == GO_ON ? translate(p, &f) : v;
 }
 
-/* What is of no flow, and not for the host, may not reach a container by its own address. At to_bridge
- * it could not be told from what was translated here.
- */
-static __noinline enum verdict guard_inside(struct packet *p)
-{
-	__u32 ifindex;
-
-	if (is_outside(p, &p->h.tuple.dst) ||
-	    bpf_map_lookup_elem(&host_addresses, &p->h.tuple.dst) ||
-	    route_of(p, &ifindex) == ROUTE_LOCAL)
-		return PASS; /* the host's own, or forwarded for somebody else */
-	return drop(p, DROP_NO_FLOW);
-}
-
 static __noinline enum verdict error_inward(struct packet *p)
 {
 	struct plan *plan = plan_get();
