@@ -54,8 +54,7 @@ static __noinline enum verdict open_hairpin(struct packet *p)
 	struct plan *plan = plan_get();
 	struct tuple *t = &p->h.tuple;
 	const struct snat_rule *snat;
-	const struct dnat_rule *rule;
-	__u32 bridge;
+	enum verdict v;
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
@@ -66,28 +65,12 @@ static __noinline enum verdict open_hairpin(struct packet *p)
 	/* no route to it looks like an address of the host's own: see route_of() */
 	if (plan->published.any && !bpf_map_lookup_elem(&host_addresses, &t->dst))
 		return PASS;
-	if (p->h.tcp & TCP_RST)
-		return PASS;
-	rule = &plan->published.rule;
-	bridge = bridge_of(&rule->to);
-	if (!bridge)
-		return PASS; /* the bridge of its target is gone */
-	/* of docker-proxy, or an answer to the host's own: an unconnected UDP socket's port may well lie
-	 * in a published range
-	 */
-	if ((p->h.tcp & (TCP_SYN | TCP_ACK)) != TCP_SYN &&
-	    host_has_socket(p->skb, t, t->proto == IPPROTO_UDP ? SOCKET_ANY : SOCKET_CONNECTED))
-		return PASS;
-	if (rule->flags & DNAT_ALLOW_LIST && !rule_lists(p->config, rule->id, &t->src))
-		return drop(p, DROP_NOT_ALLOWED);
-	plan_begin(p, plan);
+	v = open_published(p, plan, true);
+	if (v != GO_ON)
+		return v;
 	plan->original_class = CLASS_BRIDGE;
 	plan->original_ifindex = p->bridge;
-	plan->reply_class = CLASS_BRIDGE;
-	plan->reply_ifindex = bridge;
 	plan->translation = TRANSLATION_HAIRPIN;
-	plan->rule = rule->id;
-	plan->generation = rule->generation;
 	plan->outside = true;
 	plan->uplink = p->bridge;
 	plan->map = t->proto == IPPROTO_UDP;
@@ -95,9 +78,6 @@ static __noinline enum verdict open_hairpin(struct packet *p)
 	snat = snat_find(p->config, &t->src, 0);
 	if (snat && !(snat->flags & SNAT_MASQUERADE))
 		fixed_address(p, snat, &plan->entry.claim.dst);
-	plan->entry.claim.src = rule->to;
-	plan->entry.claim.sport = dnat_port(rule, t->dport);
-	plan_ports(plan);
 	return GO_ON;
 }
 

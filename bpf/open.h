@@ -82,40 +82,33 @@ static __always_inline bool is_published(struct packet *p, struct dnat_match *m)
 	return !m->any || route_of(p, &ifindex) == ROUTE_LOCAL;
 }
 
-/* DNAT: the world comes to a published port. PASS when it is none. */
-static __noinline enum verdict open_inward(struct packet *p)
+/* To a published port, which plan->published has found: what holds for who comes from the world, and for
+ * a container (hairpin.h).
+ */
+static __always_inline enum verdict open_published(struct packet *p, struct plan *plan,
+						   bool hairpin)
 {
-	struct plan *plan = plan_get();
-	struct tuple *t = &p->h.tuple;
-	const struct dnat_rule *rule;
+	const struct dnat_rule *rule = &plan->published.rule;
+	const struct tuple *t = &p->h.tuple;
+	/* an unconnected UDP socket of the host's may be what a container answers */
+	enum socket_kind owner = hairpin && t->proto == IPPROTO_UDP ? SOCKET_ANY : SOCKET_CONNECTED;
 	__u32 bridge;
 
-	if (!plan)
-		return drop(p, DROP_NO_MEMORY);
-	if (!is_published(p, &plan->published))
-		return PASS;
-	if (p->h.fragment != FRAGMENT_NONE)
-		return drop(p, DROP_FRAGMENT);
 	if (p->h.tcp & TCP_RST)
 		return PASS;
-	rule = &plan->published.rule;
 	bridge = bridge_of(&rule->to);
 	if (!bridge)
 		return PASS; /* the bridge of its target is gone */
-	if (bridge_of(&t->src))
+	if (!hairpin && bridge_of(&t->src))
 		return drop(p, DROP_SPOOFED_ADDRESS);
 	/* what docker-proxy carries already stays with it, and so do answers to the host's own */
-	if ((p->h.tcp & (TCP_SYN | TCP_ACK)) != TCP_SYN &&
-	    host_has_socket(p->skb, t, SOCKET_CONNECTED))
+	if ((p->h.tcp & (TCP_SYN | TCP_ACK)) != TCP_SYN && host_has_socket(p->skb, t, owner))
 		return PASS;
 	if (rule->flags & DNAT_ALLOW_LIST && !rule_lists(p->config, rule->id, &t->src))
 		return drop(p, DROP_NOT_ALLOWED);
 	plan_begin(p, plan);
-	plan->original_class = CLASS_UPLINK;
-	plan->original_ifindex = 0;
 	plan->reply_class = CLASS_BRIDGE;
 	plan->reply_ifindex = bridge;
-	plan->translation = TRANSLATION_DNAT;
 	plan->rule = rule->id;
 	plan->generation = rule->generation;
 	plan->entry.claim.src = rule->to;
@@ -124,6 +117,27 @@ static __noinline enum verdict open_inward(struct packet *p)
 	 * the same reply tuple: then the client's port changes, as nf_nat does it
 	 */
 	plan_ports(plan);
+	return GO_ON;
+}
+
+/* DNAT: the world comes to a published port. PASS when it is none. */
+static __noinline enum verdict open_inward(struct packet *p)
+{
+	struct plan *plan = plan_get();
+	enum verdict v;
+
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	if (!is_published(p, &plan->published))
+		return PASS;
+	if (p->h.fragment != FRAGMENT_NONE)
+		return drop(p, DROP_FRAGMENT);
+	v = open_published(p, plan, false);
+	if (v != GO_ON)
+		return v;
+	plan->original_class = CLASS_UPLINK;
+	plan->original_ifindex = 0;
+	plan->translation = TRANSLATION_DNAT;
 	return GO_ON;
 }
 

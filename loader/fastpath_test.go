@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -97,6 +98,16 @@ func TestAutoChanges(t *testing.T) {
 		t.Errorf("fast path %s after attach, want off", got)
 	}
 	nft(t, "flush ruleset")
+	// The kernel gives conntrack's hooks back by a work item (nf_tables_trans_destroy_work), and keeps
+	// what was tracked meanwhile, such as the link's own multicast.
+	for end := time.Now().Add(10 * time.Second); !strings.Contains(status.FastPath.Reason, "are no more"); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("still tracked without rules: %q", status.FastPath.Reason)
+		}
+		must(t, h.nl.ConntrackTableFlush(netlink.ConntrackTable))
+		status, err = h.status()
+		must(t, err)
+	}
 	if got := h.attach(h.options(Auto)).FastPath.Mode; got != state.FastPathEstablished {
 		t.Errorf("fast path %s without rules, want established", got)
 	}
