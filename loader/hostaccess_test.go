@@ -125,7 +125,7 @@ func TestHostAccessMended(t *testing.T) {
 
 	must(t, os.Remove(cgroup)) // the links with it, a moment later
 	gone := "cgroup: it is gone, and the host's own access with it: run tcnat attach again"
-	for end := time.Now().Add(5 * time.Second); problems() != gone; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(patience); problems() != gone; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("the cgroup is gone: %s", problems())
 		}
