@@ -194,8 +194,7 @@ func (r *rig) closedByServer(t *testing.T, server *lab.Node, listen, from, to ne
 	return nil
 }
 
-// A rule that overlaps with one in force is refused, and the one in force goes on. A server of the host's own that
-// listens on the port keeps the connections it has.
+// A rule that overlaps with one in force is refused as a whole, and the one in force goes on.
 func TestPublishedPortInUse(t *testing.T) {
 	r := newRig(t, lab.Options{Containers: 2})
 	r.attach(t, loader.AttachOptions{})

@@ -23,20 +23,22 @@ func secondHost(f lab.Family) netip.Addr {
 // single is the prefix of one address.
 func single(addr netip.Addr) netip.Prefix { return netip.PrefixFrom(addr, addr.BitLen()) }
 
-// everywhere is the prefix of all addresses.
+// everywhere is the prefix of all addresses, of IPv6 those of the world.
 func everywhere(f lab.Family) netip.Prefix {
 	return map[lab.Family]netip.Prefix{
-		lab.IPv4: netip.PrefixFrom(netip.IPv4Unspecified(), 0), lab.IPv6: netip.PrefixFrom(netip.IPv6Unspecified(), 0),
+		lab.IPv4: netip.PrefixFrom(netip.IPv4Unspecified(), 0), lab.IPv6: netip.MustParsePrefix("2000::/3"),
 	}[f]
 }
 
-// ownSecondHost gives the host its second address.
+// ownSecondHost gives the host its second address, which it uses for nothing of its own.
 func (r *rig) ownSecondHost(t *testing.T) {
 	t.Helper()
 	for _, f := range lab.Families() {
-		if err := r.Host.AddAddress(lab.Uplink, single(secondHost(f))); err != nil {
-			t.Fatal(err)
-		}
+		ip(t, r.Host, "addr add "+single(secondHost(f)).String()+" dev eth0 valid_lft forever preferred_lft 0")
+		poll(t, secondHost(f).String()+" answers", func() bool {
+			_, err := lab.Ping(t.Context(), r.World, secondHost(f), lab.PingOptions{})
+			return err == nil
+		})
 	}
 }
 
