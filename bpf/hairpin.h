@@ -20,6 +20,7 @@
 
 #include "create.h"
 #include "flow.h"
+#include "icmp.h"
 #include "open.h"
 
 static __always_inline bool is_hairpin(const struct half *half)
@@ -92,11 +93,85 @@ static __noinline enum verdict hairpin_create(struct packet *p)
 	return flow_create(p->skb) == CREATED_NOT ? drop(p, plan->reason) : GO_ON;
 }
 
+/* ICMP errors about packets of hairpin flows (RFC 5508 REQ-7, 7a) change in the same two places: at
+ * from_bridge the destination, and all of the quote, which becomes the packet that the receiver had sent. At
+ * to_bridge that quote names the address which the sender of the error has for the receiver.
+ *
+ * GO_ON: the error is about none.
+ */
+static __noinline enum verdict hairpin_error_turn(struct packet *p)
+{
+	struct plan *plan = plan_get();
+	struct quote *q;
+	struct found f;
+
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	q = &plan->quote;
+	if (!quote_find(p, q, &f) || !is_hairpin(f.half) || f.half->role == ROLE_TRANSIT ||
+	    !half_accepts(f.half, CLASS_BRIDGE, p->bridge) || !bridge_of(&f.to.dst))
+		return GO_ON;
+	/* as everywhere, a container speaks of what was sent to itself, and to who sent it */
+	if (!addr_equal(&p->h.tuple.src, &q->h.tuple.dst) ||
+	    !addr_equal(&p->h.tuple.dst, &q->h.tuple.src))
+		return drop(p, DROP_ICMP_UNRELATED);
+	if (rewrite_quote(p, q, &f.to) || rewrite_addrs(p, &p->h.tuple.src, &f.to.dst))
+		return drop(p, DROP_REWRITE);
+	return PASS;
+}
+
+/* At to_bridge. GO_ON when it is none that hairpin_error_turn() has let through. */
+static __noinline enum verdict hairpin_error_leave(struct packet *p)
+{
+	struct plan *plan = plan_get();
+	struct headers *quoted;
+	struct found f;
+
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	quoted = &plan->quote.h;
+	if (parse_quoted(p, quoted) != PARSED || quoted->kind != KIND_FLOW ||
+	    !half_find(&quoted->tuple, &f, true) || !is_hairpin(f.half) ||
+	    f.half->role == ROLE_TRANSIT || !half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex) ||
+	    !addr_equal(&p->h.tuple.dst, &quoted->tuple.src) ||
+	    !addr_equal(&p->h.tuple.src, &f.to.dst))
+		return GO_ON;
+	return rewrite_addrs(p, &quoted->tuple.dst, &p->h.tuple.dst) ? drop(p, DROP_REWRITE) : PASS;
+}
+
+/* At to_bridge, from the host itself: it saw the packet between the hooks, where a TTL ran out or an MTU was too
+ * small. The quote becomes what the container had sent.
+ */
+static __noinline enum verdict hairpin_error_of_host(struct packet *p)
+{
+	struct plan *plan = plan_get();
+	struct half *back;
+	struct quote *q;
+	struct tuple leaves;
+	struct found f;
+
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	q = &plan->quote;
+	if (parse_quoted(p, &q->h) != PARSED || q->h.kind != KIND_FLOW ||
+	    !addr_equal(&p->h.tuple.dst, &q->h.tuple.src) || !half_find(&q->h.tuple, &f, true) ||
+	    f.half->role != ROLE_TRANSIT)
+		return PASS;
+	tuple_invert(&leaves, &f.to);
+	back = bpf_map_lookup_elem(&flows, &leaves);
+	if (!back || back->standing.id != f.id)
+		return PASS;
+	tuple_invert(&leaves, &back->other);
+	return rewrite_quote(p, q, &leaves) ? drop(p, DROP_REWRITE) : PASS;
+}
+
 /* At to_bridge: the second half of the way. GO_ON when the packet is of no hairpin flow. */
 static __noinline enum verdict hairpin_leave(struct packet *p)
 {
 	struct found f;
 
+	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE)
+		return hairpin_error_leave(p);
 	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE ||
 	    !half_find(&p->h.tuple, &f, true) || f.half->role != ROLE_TRANSIT ||
 	    !half_accepts(f.half, CLASS_BRIDGE, p->skb->ingress_ifindex))

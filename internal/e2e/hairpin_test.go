@@ -1,11 +1,14 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -100,4 +103,44 @@ func TestHairpinLasts(t *testing.T) {
 		}
 		poll(t, "transit halves go with their flows", func() bool { return r.elements(t)["flows"] == 0 })
 	})
+}
+
+// Where nobody listens, the client's socket learns of it: the server's ICMP error comes back by the address that
+// the client spoke to.
+func TestHairpinErrors(t *testing.T) {
+	forEachMode(t, lab.Options{Containers: 2}, func(t *testing.T, r *rig, mode loader.AttachMode) {
+		r.attach(t, loader.AttachOptions{Mode: mode})
+		for _, f := range lab.Families() {
+			for _, server := range r.Containers {
+				r.publish(t, maps.SinglePort(8080), server.Addr(f), maps.SinglePort(80))
+				client := r.Containers[0]
+				for _, host := range []netip.Addr{r.Host.Addr(f), lab.BridgeAddr(f)} {
+					conn, err := client.DialUDP(netip.AddrPort{}, at(host, 8080))
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer conn.Close()
+					if err := refusal(conn); !errors.Is(err, unix.ECONNREFUSED) {
+						t.Errorf("%s to %s: %v, want %v", client.Addr(f), conn.RemoteAddr(), err, unix.ECONNREFUSED)
+					}
+				}
+				r.rules(t, func(rules *maps.Rules) error {
+					*rules = maps.Rules{SNAT: rules.SNAT}
+					return nil
+				})
+			}
+		}
+	})
+}
+
+// refusal is what a connected socket gets to know of what it sends.
+func refusal(conn net.Conn) error {
+	if err := conn.SetDeadline(time.Now().Add(lab.DefaultTimeout)); err != nil {
+		return err
+	}
+	if _, err := conn.Write([]byte("anybody?")); err != nil {
+		return err
+	}
+	_, err := conn.Read(make([]byte, 1))
+	return err
 }
