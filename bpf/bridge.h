@@ -196,7 +196,7 @@ static __noinline enum verdict host_icmp(struct packet *p, __u32 l3)
 	if (parse(p, l3) != PARSED || p->h.kind != KIND_ICMP_ERROR ||
 	    p->h.fragment != FRAGMENT_NONE)
 		return PASS;
-	return hairpin_error_of_host(p);
+	return hairpin_error_leave(p) == DROP ? DROP : PASS;
 }
 
 static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)

@@ -34,14 +34,15 @@ func (l loop) errors(c crossing, m icmpError, form int) {
 	f := quoteForms[form]
 	quoted := f.change(c.arrived)
 	before := l.error(m, c.to.address, c.arrived.src.Addr(), quoted, f.length(quoted)).between(c.to.mac, c.to.gateway)
-	quoted = f.change(c.sent)
+	quoted = f.change(c.between)
 	turned := l.error(m, c.to.address, c.from.address, quoted, f.length(quoted)).between(c.to.mac, c.to.gateway)
 	keepHalfChecksum(before, &turned)
-	l.passes(fromBridge().on(c.to.bridge).by(c.to.bridge), before, turned)
+	l.turns(fromBridge().on(c.to.bridge).by(c.to.bridge), before, turned)
 
 	turned = turned.forwarded().between(c.from.gateway, c.from.mac)
-	after := turned
-	after.src = at(c.sent.dst.Addr(), 0)
+	quoted = f.change(c.sent)
+	after := l.error(m, c.sent.dst.Addr(), c.from.address, quoted, f.length(quoted)).forwarded().between(c.from.gateway, c.from.mac)
+	keepHalfChecksum(before, &after)
 	l.passes(toBridge().on(c.from.bridge).by(c.to.bridge), turned, after)
 }
 

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -63,6 +64,35 @@ func TestHairpin(t *testing.T) {
 				})
 			})
 		}
+	}
+}
+
+// A firewall that knows connections lets hairpin ones pass, wherever netfilter gets to see bridged packets: to
+// conntrack both directions are of one connection.
+func TestHairpinBesideConntrack(t *testing.T) {
+	for _, filtered := range []bool{false, true} {
+		t.Run(fmt.Sprintf("bridge-nf-call=%t", filtered), func(t *testing.T) {
+			forEachMode(t, lab.Options{Containers: 2, BridgeNetfilter: filtered}, func(t *testing.T, r *rig, mode loader.AttachMode) {
+				nft(t, r.Host, `table inet guard { chain forward { type filter hook forward priority filter; policy drop;
+					ct state invalid counter name invalid drop; ct state established,related accept; ct state new ct direction original accept; };
+					counter invalid { }; }`)
+				r.attach(t, loader.AttachOptions{Mode: mode})
+				for _, f := range lab.Families() {
+					client := r.Containers[0]
+					for i, server := range r.Containers {
+						r.publish(t, maps.SinglePort(uint16(8080+i)), server.Addr(f), maps.SinglePort(80))
+						for _, host := range []netip.Addr{r.Host.Addr(f), lab.BridgeAddr(f)} {
+							for _, protocol := range protocols() {
+								call{protocol, client, server, at(server.Addr(f), 80), at(host, uint16(8080+i))}.mustSee(t, host)
+							}
+						}
+					}
+				}
+				if invalid := nft(t, r.Host, "list counter inet guard invalid"); !strings.Contains(invalid, "packets 0 ") {
+					t.Errorf("conntrack took packets for invalid: %s", invalid)
+				}
+			})
+		})
 	}
 }
 
