@@ -58,8 +58,7 @@ static __noinline enum verdict open_hairpin(struct packet *p)
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
-	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE ||
-	    (t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
+	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE || !has_ports(t->proto) ||
 	    !dnat_find(t, p->bridge, &plan->published))
 		return PASS;
 	/* no route to it looks like an address of the host's own: see route_of() */

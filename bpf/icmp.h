@@ -73,6 +73,9 @@ static __always_inline long quote_transport(struct packet *p, struct quote *q,
 	err = bpf_skb_store_bytes(p->skb, q->h.l4 + (echo ? 4 : 0), new, echo ? 2 : 4, 0);
 	q->diff = bpf_csum_diff((__be32 *)old, 4, (__be32 *)new, 4, q->diff);
 
+	/* SCTP's is not mended: no receiver can verify a CRC over what was cut */
+	if (from->proto == IPPROTO_SCTP)
+		return err;
 	if (at + 2 > q->h.end || bpf_skb_load_bytes(p->skb, at, check, 2) < 0)
 		return err; /* cut before it */
 	if (from->proto == IPPROTO_UDP && !check[0])

@@ -68,8 +68,12 @@ func (c path) error(m icmpError, src, dst netip.Addr, q packet, quoted int) pack
 }
 
 // keepHalfChecksum: a quote that ends inside the transport checksum has it as it was, since
-// half of one cannot be made right.
+// half of one cannot be made right. SCTP's stays: it is over what is not quoted.
 func keepHalfChecksum(before packet, after *packet) {
+	if q := before.quoted(); before.quote.proto == protoSCTP && len(q) > before.quote.checksumAt() {
+		after.quoteTail = q[before.quote.checksumAt():]
+		return
+	}
 	if before.quoteLen == before.quote.checksumAt()+1 {
 		q := before.quoted()
 		after.quoteTail = q[len(q)-1:]
@@ -178,7 +182,7 @@ func (c path) clash(published uint16) path {
 func TestICMPErrors(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, udpZero, echo} {
+		for _, p := range []protocol{tcp, udp, udpZero, sctp, sctpZero, echo} {
 			for _, tr := range translated {
 				if p.name == echo.name && (tr.name == "dnat" || tr.name == "dnat-client-port-moved") {
 					continue
