@@ -38,8 +38,9 @@ type packet struct {
 	proto    uint8
 	ttl      uint8 // 0: 64
 
-	tcp        string // letters of SAFRP; of SCTP the chunk that means the same: sctpHeader
+	tcp        string // letters of SAFRP; of SCTP the chunk that means the same, or "chunks"
 	noChecksum bool   // UDP or SCTP checksum 0
+	sctpTag    uint32 // with the flags "chunks"
 
 	icmpType, icmpCode uint8
 	icmpRest           uint32  // second word of the ICMP header, when it is not an echo

@@ -40,7 +40,7 @@ func (p packet) sctp() []byte {
 	var chunks []byte
 	switch {
 	case p.tcp == "chunks":
-		chunks = p.payload
+		tag, chunks = p.sctpTag, p.payload
 	case p.tcp == "S":
 		tag, chunks = 0, chunk(chunkInit, strings.Repeat("i", 16)+payload)
 	case p.tcp == "SA":
