@@ -68,15 +68,15 @@ func (c path) error(m icmpError, src, dst netip.Addr, q packet, quoted int) pack
 }
 
 // keepHalfChecksum: a quote that ends inside the transport checksum has it as it was, since
-// half of one cannot be made right. SCTP's stays: it is over what is not quoted.
+// half of one cannot be made right.
 func keepHalfChecksum(before packet, after *packet) {
-	if q := before.quoted(); before.quote.proto == protoSCTP && len(q) > before.quote.checksumAt() {
-		after.quoteTail = q[before.quote.checksumAt():]
-		return
+	size := 2
+	if before.quote.proto == protoSCTP {
+		size = 4
 	}
-	if before.quoteLen == before.quote.checksumAt()+1 {
+	if part := before.quoteLen - before.quote.checksumAt(); part > 0 && part < size {
 		q := before.quoted()
-		after.quoteTail = q[len(q)-1:]
+		after.quoteTail = q[len(q)-part:]
 	}
 }
 

@@ -166,6 +166,12 @@ static __always_inline __u32 little_endian(__u32 value)
 #endif
 }
 
+/* The checksum of a packet of that length, as both ports change by this; all as it is in memory. */
+static __always_inline __u32 sctp_checksum(__u32 checksum, __u32 change, __u32 length)
+{
+	return checksum ^ little_endian(crc32c_change(little_endian(change), length));
+}
+
 /* Changes the ports of a whole packet, length bytes from l4 on; both ports as they are in memory.
  *
  * A checksum of 0 is what a sender leaves to its device, which is told by the skb's metadata: then it
@@ -177,7 +183,7 @@ __noinline long sctp_rewrite_ports(struct __sk_buff *skb, __u32 l4, __u32 length
 				   __u32 to)
 {
 	const __u32 at = l4 + offsetof(struct sctp_header, checksum);
-	__u32 checksum, change = from ^ to;
+	__u32 checksum;
 	long err;
 
 	err = bpf_skb_load_bytes(skb, at, &checksum, sizeof(checksum));
@@ -187,8 +193,7 @@ __noinline long sctp_rewrite_ports(struct __sk_buff *skb, __u32 l4, __u32 length
 	err = bpf_skb_store_bytes(skb, l4, &to, sizeof(to), BPF_F_RECOMPUTE_CSUM);
 	if (!checksum)
 		return err;
-	change = crc32c_change(little_endian(change), length);
-	checksum ^= little_endian(change);
+	checksum = sctp_checksum(checksum, from ^ to, length);
 	return err |
 	       bpf_skb_store_bytes(skb, at, &checksum, sizeof(checksum), BPF_F_RECOMPUTE_CSUM);
 }
