@@ -66,8 +66,7 @@ static __noinline enum verdict open_hairpin(struct packet *p)
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
-	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE ||
-	    (t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
+	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE || !has_ports(t->proto) ||
 	    !dnat_find(t, p->bridge, &plan->published))
 		return PASS;
 	/* no route to it looks like an address of the host's own: see route_of() */
@@ -137,27 +136,28 @@ static __noinline enum verdict hairpin_error_turn(struct packet *p)
 static __noinline enum verdict hairpin_error_leave(struct packet *p)
 {
 	struct plan *plan = plan_get();
+	const struct addr *from;
 	struct half *back;
-	struct tuple key;
+	struct tuple *key;
 	struct quote *q;
 	struct found f;
-	const struct addr *from;
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
 	q = &plan->quote;
+	key = &plan->transit;
 	if (parse_quoted(p, &q->h) != PARSED || q->h.kind != KIND_FLOW ||
 	    !addr_equal(&p->h.tuple.dst, &q->h.tuple.src) || !half_find(&q->h.tuple, &f, true) ||
 	    f.half->role != ROLE_TRANSIT || !half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex))
 		return GO_ON;
-	tuple_invert(&key, &f.to);
-	back = bpf_map_lookup_elem(&flows, &key);
+	tuple_invert(key, &f.to);
+	back = bpf_map_lookup_elem(&flows, key);
 	if (!back || back->standing.id != f.id)
 		return GO_ON;
-	tuple_invert(&key, &back->other);
+	tuple_invert(key, &back->other);
 	/* who got the packet is known by another address to who sent it */
-	from = addr_equal(&p->h.tuple.src, &q->h.tuple.dst) ? &key.src : &p->h.tuple.src;
-	if (rewrite_quote(p, q, &key) || rewrite_addrs(p, from, &p->h.tuple.dst))
+	from = addr_equal(&p->h.tuple.src, &q->h.tuple.dst) ? &key->src : &p->h.tuple.src;
+	if (rewrite_quote(p, q, key) || rewrite_addrs(p, from, &p->h.tuple.dst))
 		return drop(p, DROP_REWRITE);
 	return PASS;
 }
@@ -167,8 +167,6 @@ static __noinline enum verdict hairpin_leave(struct packet *p)
 {
 	struct found f;
 
-	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE)
-		return hairpin_error_leave(p);
 	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE ||
 	    !half_find(&p->h.tuple, &f, true) || f.half->role != ROLE_TRANSIT ||
 	    !half_accepts(f.half, CLASS_BRIDGE, p->skb->ingress_ifindex))
