@@ -65,6 +65,7 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 		bpf.NATCounterPACKETS_REDIRECTED:    {PacketsRedirected, "A packet took the fast path, past the host's stack."},
 		bpf.NATCounterTIMER_RESTARTED:       {"timer-restarted", "The expiry's timer had stopped and a packet started it again."},
 		bpf.NATCounterTIMER_FAILED:          {"timer-failed", "The expiry's timer could not be started; flows do not end until it can."},
+		bpf.NATCounterFLOWS_STALE:           {"flows-stale", "A container's flow ended, since the host lost the address that masquerade gave it, or routes it by another uplink; it began anew."},
 	}
 }
 
