@@ -562,6 +562,13 @@ const (
 	NATUnleasedADJACENCY_FIRST  NATUnleased = 16
 )
 
+type NATUplinkBits uint32
+
+const (
+	NATUplinkBitsUPLINK_INDEX      NATUplinkBits = 32767
+	NATUplinkBitsUPLINK_MASQUERADE NATUplinkBits = 32768
+)
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.

@@ -281,3 +281,55 @@ func TestNotStale(t *testing.T) {
 		}
 	})
 }
+
+// A published port that goes to another container takes its clients along at once, also those that go on
+// from the port that they have: datagrams reach the second container, and a connection to the first is
+// reset. From the world, and from a neighbour (hairpin).
+func TestPublishedMoves(t *testing.T) {
+	forEachFast(t, staleVariants(), lab.Options{Containers: 3}, func(t *testing.T, r *rig, attach loader.AttachOptions) {
+		r.attach(t, attach)
+		first, second, neighbour := r.Containers[0], r.Containers[1], r.Containers[2]
+		for _, f := range lab.Families() {
+			for i, client := range []*lab.Node{r.World, neighbour} {
+				port := uint16(talkPort + i)
+				r.publish(t, maps.SinglePort(published(port)), first.Addr(f), maps.SinglePort(port))
+				w := way{fmt.Sprintf("%s/%s", f, client.Role), client, first, at(first.Addr(f), port), at(r.Host.Addr(f), published(port))}
+				datagrams, connection := w.start(t, "udp"), w.start(t, "tcp")
+				goOn([]*talk{datagrams, connection}, false)
+				mustGoOn(t, []*talk{datagrams, connection}, changeTime)
+				echo, err := lab.StartUDPEcho(second, at(second.Addr(f), port))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer echo.Close()
+				asked := datagrams.server.questions.Load()
+				r.rules(t, func(rules *maps.Rules) error {
+					for i := range rules.DNAT {
+						if rules.DNAT[i].To == first.Addr(f) {
+							rules.DNAT[i].To = second.Addr(f)
+						}
+					}
+					asked = datagrams.server.questions.Load()
+					return nil
+				})
+				poll(t, w.name+": datagrams reach the second container", func() bool { return len(echo.Peers()) > 0 })
+				if more := datagrams.server.questions.Load() - asked; more > 100 { // some while the rules change
+					t.Errorf("%s: %d datagrams more to the first container", w.name, more)
+				}
+				poll(t, w.name+": the connection is reset", func() bool { return connection.client.failed.Load() != nil })
+				now := datagrams.server.questions.Load()
+				mustGoOn(t, []*talk{datagrams}, changeTime)
+				if datagrams.server.questions.Load() != now {
+					t.Errorf("%s: datagrams go to the first container still", w.name)
+				}
+				pause([]*talk{datagrams, connection})
+
+				// and where it is published no more, nowhere
+				r.rules(t, func(rules *maps.Rules) error { rules.DNAT = nil; return nil })
+				if err := datagrams.ask(datagrams.client); err == nil {
+					t.Errorf("%s: answered though the rule is gone", w.name)
+				}
+			}
+		}
+	})
+}
