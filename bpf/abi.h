@@ -12,7 +12,7 @@
 
 #include <bpf/bpf_helpers.h>
 
-#define ABI_VERSION 2
+#define ABI_VERSION 3
 
 /* Times of flows are stamps: nanoseconds since boot >> STAMP_SHIFT, so 1.05 ms each,
  * in 32 bits that wrap after 52 days. Only differences are compared.
@@ -176,8 +176,8 @@ struct port_key {
 	__u16 pad;
 };
 
-/* An outside port, and the inside endpoint that has it (RFC 4787, REQ-1 and REQ-3). The table has a
- * place for each outside port: where that is follows from its address and number.
+/* An outside port, and the inside endpoint that has it (RFC 4787, REQ-1 and REQ-3). The table has two
+ * places for each outside port: where these are follows from its address and number.
  */
 struct mapping {
 	__u64 hold; /* incarnation << 32 | enum mapping_bits */
@@ -187,11 +187,11 @@ struct mapping {
 	__u32 outside; /* outside_hash() of address and protocol */
 };
 
-/* The lower half of mapping.hold; all zero: the place is free. */
+/* The lower half of mapping.hold; all zero but for the lock: the place is free. */
 enum mapping_bits {
-	MAPPING_FLOWS = 0x00ffffff, /* that hold it */
-	MAPPING_MOVED = 0x01000000, /* the endpoint has not kept its own port: see moved_ports */
-	MAPPING_BUSY = 0x02000000,  /* being filled in */
+	MAPPING_FLOWS = 0x00ffffff,  /* that hold it */
+	MAPPING_MOVED = 0x01000000,  /* the endpoint has not kept its own port: see moved_ports */
+	MAPPING_LOCKED = 0x02000000, /* of a pair's first place: one of the two is being taken */
 };
 
 /* Endpoints that have not kept their own port -> their outside port. */

@@ -322,9 +322,9 @@ type NATMapping struct {
 type NATMappingBits uint32
 
 const (
-	NATMappingBitsMAPPING_FLOWS NATMappingBits = 16777215
-	NATMappingBitsMAPPING_MOVED NATMappingBits = 16777216
-	NATMappingBitsMAPPING_BUSY  NATMappingBits = 33554432
+	NATMappingBitsMAPPING_FLOWS  NATMappingBits = 16777215
+	NATMappingBitsMAPPING_MOVED  NATMappingBits = 16777216
+	NATMappingBitsMAPPING_LOCKED NATMappingBits = 33554432
 )
 
 type NATMovedPort struct {
