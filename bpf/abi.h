@@ -93,13 +93,19 @@ enum life {
 	LIFE_ORIGINAL_ENDING = 5,
 } __attribute__((packed));
 
+/* Mappings that a flow holds. */
+enum held {
+	HELD_SOURCE = 1, /* of the endpoint that began it */
+	HELD_TARGET = 2, /* of the endpoint that it was begun to, by that endpoint's outside port */
+} __attribute__((packed));
+
 /* Changed as a whole, by compare-and-swap only: an element's memory may become another half's
  * between a look at it and the swap, and then the id differs, or the life of an original.
  */
 struct standing {
 	__u32 id; /* of the flow, the same in both halves */
 	enum life life;
-	__u8 mapped; /* reply half only: the flow holds its endpoint's mapping */
+	enum held held; /* reply half only */
 	__u16 pad;
 } __attribute__((aligned(8)));
 
@@ -361,6 +367,7 @@ enum config_flag {
 	CONFIG_NO_ISOLATION = 2,   /* managed bridges reach each other */
 	CONFIG_PASS_UNMANAGED = 4, /* traffic may leave by devices without programs */
 	CONFIG_ROUTED = 8,	   /* no masquerade: no rule means untranslated */
+	CONFIG_ANY_SENDER = 16,	   /* a UDP mapping is open to all (RFC 4787 REQ-8) */
 };
 
 /* Which of the two sets of rule maps is in force, and what kinds of rules it has: a map that has none

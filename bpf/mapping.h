@@ -225,6 +225,42 @@ __noinline int mapping_drop(const struct tuple *original, const struct tuple *re
 	return 0;
 }
 
+/* Lets go of all that a flow holds. The outside port of the target is where the original goes to. */
+static __always_inline void mappings_drop(enum held held, const struct tuple *original,
+					  const struct tuple *reply)
+{
+	if (held & HELD_SOURCE)
+		mapping_drop(original, reply);
+	if (held & HELD_TARGET)
+		mapping_drop(reply, original);
+}
+
+/* The endpoint whose mapping a place has, if that is a mapping with this port. */
+static __always_inline bool mapping_reads(struct mapping *m, __be16 port, __u32 outside,
+					  struct addr *inside, __be16 *inside_port)
+{
+	__u64 hold;
+
+	if (!mapping_has_port(m, port, outside))
+		return false;
+	hold = mapping_read_hold(m);
+	*inside = m->inside;
+	*inside_port = m->inside_port;
+	return hold & MAPPING_FLOWS && mapping_has_port(m, port, outside) &&
+	       mapping_read_hold(m) >> 32 == hold >> 32;
+}
+
+/* The endpoint that has the outside port to which a packet goes. */
+static __always_inline bool mapping_find(const struct tuple *to, struct addr *inside,
+					 __be16 *inside_port)
+{
+	struct places at;
+
+	return places_of(&at, &to->dst, to->dport, to->proto) &&
+	       (mapping_reads(at.home, to->dport, at.outside, inside, inside_port) ||
+		mapping_reads(at.next, to->dport, at.outside, inside, inside_port));
+}
+
 enum mapped {
 	MAPPED_NOT,    /* not yet */
 	MAPPED,	       /* held, by the port asked for */

@@ -2,6 +2,7 @@ package bpf_test
 
 import (
 	"encoding/binary"
+	"math/bits"
 	"math/rand/v2"
 	"net/netip"
 	"runtime"
@@ -211,8 +212,8 @@ func (d *datapath) checkMappings() {
 	}
 	mapped := 0
 	for _, half := range d.allHalves() {
-		if half.Role == bpf.NATRoleROLE_REPLY && half.Standing.Mapped != 0 {
-			mapped++
+		if half.Role == bpf.NATRoleROLE_REPLY && half.Standing.Held != 0 {
+			mapped += bits.OnesCount8(uint8(half.Standing.Held))
 		}
 	}
 	if held != mapped {

@@ -84,6 +84,7 @@ const (
 	NATConfigFlagCONFIG_NO_ISOLATION   NATConfigFlag = 2
 	NATConfigFlagCONFIG_PASS_UNMANAGED NATConfigFlag = 4
 	NATConfigFlagCONFIG_ROUTED         NATConfigFlag = 8
+	NATConfigFlagCONFIG_ANY_SENDER     NATConfigFlag = 16
 )
 
 type NATCounter uint32
@@ -258,11 +259,11 @@ type NATHalf struct {
 	Packets  uint64
 	Bytes    uint64
 	Standing struct {
-		_      structs.HostLayout
-		Id     uint32
-		Life   NATLife
-		Mapped uint8
-		Pad    uint16
+		_    structs.HostLayout
+		Id   uint32
+		Life NATLife
+		Held NATHeld
+		Pad  uint16
 	}
 	Lease struct {
 		_     structs.HostLayout
@@ -280,6 +281,13 @@ type NATHalf struct {
 	Translation NATTranslation
 	Tcp         NATTcpSeen
 }
+
+type NATHeld uint8
+
+const (
+	NATHeldHELD_SOURCE NATHeld = 1
+	NATHeldHELD_TARGET NATHeld = 2
+)
 
 type NATHostPeer struct {
 	_          structs.HostLayout
@@ -390,6 +398,8 @@ type NATPlan struct {
 	OriginalClass   NATDeviceClass
 	ReplyClass      NATDeviceClass
 	Map             uint8
+	Target          uint8
+	_               [3]byte
 	OriginalIfindex uint32
 	ReplyIfindex    uint32
 	Uplink          uint32
@@ -397,15 +407,14 @@ type NATPlan struct {
 	Last            uint16
 	Outside         uint8
 	Takeover        uint8
-	OldMapped       uint8
+	OldHeld         NATHeld
 	Queued          uint8
 	Absent          uint8
 	Tcp             uint8
 	Reversed        uint8
-	Pad             uint8
+	_               [1]byte
 	Packets         uint32
 	Bytes           uint32
-	_               [4]byte
 	Lease           struct {
 		_     structs.HostLayout
 		Out   uint16

@@ -80,8 +80,7 @@ __noinline enum claimed claim_insert(void)
 			return claim_error(err);
 		plan->entry.id = plan->old_id;
 		plan->queued = true;
-		if (plan->old_mapped)
-			mapping_drop(&plan->original, claim);
+		mappings_drop(plan->old_held, &plan->original, claim);
 		return CLAIM_DONE;
 	}
 	plan->half.standing.id = plan->entry.id;
@@ -241,7 +240,7 @@ static __always_inline enum claimed claim(struct __sk_buff *skb, struct plan *pl
 	if (result != CLAIM_NONE)
 		return result;
 	plan->map = false;
-	plan->half.standing.mapped = false;
+	plan->half.standing.held &= ~HELD_SOURCE;
 	result = claim_probe(skb, plan);
 	if (share && result == CLAIM_DONE)
 		count(PORTS_SHARED);
