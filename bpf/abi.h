@@ -12,7 +12,7 @@
 
 #include <bpf/bpf_helpers.h>
 
-#define ABI_VERSION 2
+#define ABI_VERSION 3
 
 /* Times of flows are stamps: nanoseconds since boot >> STAMP_SHIFT, so 1.05 ms each,
  * in 32 bits that wrap after 52 days. Only differences are compared.
@@ -443,8 +443,7 @@ enum counter {
 	PORTS_SHARED,
 	LEASES_GRANTED,
 	PACKETS_REDIRECTED,
-	TIMER_RESTARTED,
-	TIMER_FAILED,
+	EXPIRY_OVERDUE,
 	COUNTER_COUNT,
 };
 

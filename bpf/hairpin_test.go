@@ -44,7 +44,7 @@ func (l loop) carry(from, to resident, sent packet, turned, left netip.AddrPort,
 	l.Helper()
 	sent = sent.between(from.mac, from.gateway)
 	between := sent.addrs(turned, arrives)
-	l.passes(fromBridge().on(from.bridge).by(from.bridge), sent, between)
+	l.turns(fromBridge().on(from.bridge).by(from.bridge), sent, between)
 	between = between.forwarded().between(to.gateway, to.mac)
 	l.passes(toBridge().on(to.bridge).by(from.bridge), between, between.addrs(left, arrives))
 }
@@ -139,7 +139,7 @@ func TestHairpinPortClash(t *testing.T) {
 				a.life()
 				sent := b.packet(b.asks, b.published, true, "S", "x").between(otherMAC, bridgeMAC)
 				turned := sent.addrs(b.asks, b.answers)
-				b.passes(fromBridge(), sent, turned)
+				b.turns(fromBridge(), sent, turned)
 				between := turned.forwarded().between(bridge2MAC, neighbourMAC)
 				verdict, out := b.run(toBridge().on(bridge2If).by(bridgeIf), between.frame())
 				if verdict != unspec {

@@ -123,9 +123,8 @@ const (
 	NATCounterPORTS_SHARED          NATCounter = 31
 	NATCounterLEASES_GRANTED        NATCounter = 32
 	NATCounterPACKETS_REDIRECTED    NATCounter = 33
-	NATCounterTIMER_RESTARTED       NATCounter = 34
-	NATCounterTIMER_FAILED          NATCounter = 35
-	NATCounterCOUNTER_COUNT         NATCounter = 36
+	NATCounterEXPIRY_OVERDUE        NATCounter = 34
+	NATCounterCOUNTER_COUNT         NATCounter = 35
 )
 
 type NATDevice struct {

@@ -20,6 +20,7 @@ enum verdict {
 	PASS,	  /* hand it on, translated or not */
 	DROP,	  /* packet->reason says why */
 	REDIRECT, /* to packet->output */
+	AGAIN,	  /* into this hook's device once more, as if it had come just now */
 };
 
 enum packet_kind {
@@ -115,6 +116,8 @@ static __always_inline int finish(struct packet *p, enum verdict v)
 		if (p->output->flags & ADJACENCY_PEER)
 			return bpf_redirect_peer(p->output->ifindex, 0);
 		return bpf_redirect(p->output->ifindex, 0);
+	case AGAIN:
+		return bpf_redirect(p->skb->ifindex, BPF_F_INGRESS);
 	default:
 		return TC_ACT_UNSPEC;
 	}

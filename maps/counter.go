@@ -63,8 +63,7 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 		bpf.NATCounterPORTS_SHARED:          {"ports-shared", "No outside port was free for an endpoint, so it shares one with another by destination."},
 		bpf.NATCounterLEASES_GRANTED:        {LeasesGranted, "A direction of a flow was let on the fast path for a second and a half, since the host let a packet of it through."},
 		bpf.NATCounterPACKETS_REDIRECTED:    {PacketsRedirected, "A packet took the fast path, past the host's stack."},
-		bpf.NATCounterTIMER_RESTARTED:       {"timer-restarted", "The expiry's timer had stopped and a packet started it again."},
-		bpf.NATCounterTIMER_FAILED:          {"timer-failed", "The expiry's timer could not be started; flows do not end until it can."},
+		bpf.NATCounterEXPIRY_OVERDUE:        {"expiry-overdue", "A new flow found that the expiry had not run for a second: flows may not end."},
 	}
 }
 

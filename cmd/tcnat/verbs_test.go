@@ -196,7 +196,7 @@ func TestStatus(t *testing.T) {
 // waitForExpiry polls until the expiry has run.
 func (h *host) waitForExpiry() {
 	h.t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); {
 		if status := list[statusEntry](h, "status"); status.Expiry.Ticks > 0 && status.Expiry.AgeSeconds < 1 {
 			return
 		}
