@@ -77,7 +77,7 @@ static __always_inline long quote_transport(struct packet *p, struct quote *q,
 		return err; /* see quote_sctp() */
 	if (at + 2 > q->h.end || bpf_skb_load_bytes(p->skb, at, check, 2) < 0)
 		return err; /* cut before it */
-	if (from->proto == IPPROTO_UDP && !check[0])
+	if (is_udp(from->proto) && !check[0])
 		return err; /* sent without */
 	sum = bpf_csum_diff((__be32 *)old, 4, (__be32 *)new, 4, 0);
 	if (from->proto != IPPROTO_ICMP) {
@@ -85,7 +85,7 @@ static __always_inline long quote_transport(struct packet *p, struct quote *q,
 		sum = addr_diff(&from->dst, &leaves->src, sum);
 	}
 	changed[0] = checksum_add(check[0], sum);
-	if (from->proto == IPPROTO_UDP && !changed[0])
+	if (is_udp(from->proto) && !changed[0])
 		changed[0] = 0xffff;
 	err |= bpf_skb_store_bytes(p->skb, at, changed, 2, 0);
 	q->diff = bpf_csum_diff((__be32 *)check, 4, (__be32 *)changed, 4, q->diff);
