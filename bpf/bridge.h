@@ -199,6 +199,14 @@ static __noinline enum verdict host_icmp(struct packet *p, __u32 l3)
 	return hairpin_error_leave(p) == DROP ? DROP : PASS;
 }
 
+/* What a container sends to another one by the host. GO_ON: it is nothing of a hairpin flow's. */
+static __noinline enum verdict leave_bridge(struct packet *p)
+{
+	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE)
+		return hairpin_error_leave(p);
+	return hairpin_leave(p);
+}
+
 static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 {
 	__u32 ifindex = p->skb->ingress_ifindex;
@@ -215,13 +223,13 @@ static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 	if (v != GO_ON)
 		return v;
 	if (ifindex == p->skb->ifindex) {
-		v = hairpin_leave(p);
+		v = leave_bridge(p);
 		return v == GO_ON ? PASS : v; /* by the host: a route back */
 	}
 	if (p->h.fragment == FRAGMENT_NONE && p->h.kind != KIND_OTHER && belongs(p))
 		return PASS;
 	if (is_bridge(ifindex)) {
-		v = hairpin_leave(p);
+		v = leave_bridge(p);
 		if (v != GO_ON)
 			return v;
 		return p->config->flags & CONFIG_NO_ISOLATION ? PASS : drop(p, DROP_ISOLATED);

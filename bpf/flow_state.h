@@ -71,6 +71,19 @@ static __always_inline bool rule_current(__u32 rule, __u32 generation)
 	return current && *current == generation;
 }
 
+/* A generation that no rule has makes every packet, and the expiry, take the flow for over. The swap
+ * fails where the memory has become another flow's since the id was read.
+ */
+static __always_inline bool end_half(struct half *half, __u32 id)
+{
+	__u32 generation = *(volatile __u32 *)&half->generation;
+
+	if (*(volatile __u32 *)&half->standing.id != id)
+		return false;
+	return __sync_val_compare_and_swap(&half->generation, generation, GENERATION_ENDED) ==
+	       generation;
+}
+
 /* key is the original half's. Stamps wrap, so only differences count; seen may be newer
  * than now, which another CPU read: that is a difference of less than zero.
  */

@@ -136,16 +136,16 @@ static __noinline enum verdict hairpin_error_turn(struct packet *p)
 static __noinline enum verdict hairpin_error_leave(struct packet *p)
 {
 	struct plan *plan = plan_get();
+	const struct addr *from;
 	struct half *back;
 	struct tuple *key;
 	struct quote *q;
 	struct found f;
-	const struct addr *from;
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
 	q = &plan->quote;
-	key = &plan->transit; /* the stack is short here */
+	key = &plan->transit;
 	if (parse_quoted(p, &q->h) != PARSED || q->h.kind != KIND_FLOW ||
 	    !addr_equal(&p->h.tuple.dst, &q->h.tuple.src) || !half_find(&q->h.tuple, &f, true) ||
 	    f.half->role != ROLE_TRANSIT || !half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex))
@@ -162,7 +162,8 @@ static __noinline enum verdict hairpin_error_leave(struct packet *p)
 	return PASS;
 }
 
-static __noinline enum verdict hairpin_flow_leave(struct packet *p)
+/* At to_bridge: the second half of the way. GO_ON when the packet is of no hairpin flow. */
+static __noinline enum verdict hairpin_leave(struct packet *p)
 {
 	struct found f;
 
@@ -171,14 +172,6 @@ static __noinline enum verdict hairpin_flow_leave(struct packet *p)
 	    !half_accepts(f.half, CLASS_BRIDGE, p->skb->ingress_ifindex))
 		return GO_ON;
 	return rewrite(p, &f.to);
-}
-
-/* At to_bridge: the second half of the way. GO_ON when the packet is of no hairpin flow. */
-static __always_inline enum verdict hairpin_leave(struct packet *p)
-{
-	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE)
-		return hairpin_error_leave(p);
-	return hairpin_flow_leave(p);
 }
 
 /* At to_bridge: by which the host tells a container that the server is its neighbour (ip_rt_send_redirect,

@@ -101,7 +101,7 @@ func TestHairpin(t *testing.T) {
 			}
 		}
 		d.each(f.name+"/ends", func(d *datapath) {
-			d.setRules(publishOn(f.other, protoTCP, protoUDP))
+			d.setRules(publishOn(f.other, protoTCP, protoUDP, protoSCTP))
 			for _, p := range []protocol{tcp, udp, sctp} {
 				d.loop(f, p, clientOf(f), besideOf(f), f.uplink).life()
 			}

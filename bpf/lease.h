@@ -243,8 +243,8 @@ static __always_inline void lease_outward(const struct packet *p, const struct f
 	struct lease lease = lease_of(f->half);
 	__u32 out = lease.in;
 
-	if (!p->config->fast_path || !is_plain(&p->h) || !lease.in || lease.out ||
-	    !lease_is_fresh(p, lease))
+	if (!p->config->fast_path || !is_plain(&p->h) || !lease.in ||
+	    (lease.out != UNLEASED && lease.out != UNLEASED_CHECKED) || !lease_is_fresh(p, lease))
 		return;
 	if (lease.in >= ADJACENCY_FIRST)
 		out = lease_output(p, p->skb->ingress_ifindex);

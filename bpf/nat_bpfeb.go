@@ -124,7 +124,8 @@ const (
 	NATCounterLEASES_GRANTED        NATCounter = 32
 	NATCounterPACKETS_REDIRECTED    NATCounter = 33
 	NATCounterEXPIRY_OVERDUE        NATCounter = 34
-	NATCounterCOUNTER_COUNT         NATCounter = 35
+	NATCounterFLOWS_STALE           NATCounter = 35
+	NATCounterCOUNTER_COUNT         NATCounter = 36
 )
 
 type NATDevice struct {
@@ -261,7 +262,7 @@ type NATHalf struct {
 		Id     uint32
 		Life   NATLife
 		Mapped uint8
-		Pad    uint16
+		Uplink uint16
 	}
 	Lease struct {
 		_     structs.HostLayout
@@ -308,6 +309,12 @@ const (
 	NATLifeLIFE_ORIGINAL        NATLife = 4
 	NATLifeLIFE_ORIGINAL_ENDING NATLife = 5
 )
+
+type NATLocal struct {
+	_     structs.HostLayout
+	Addr  NATAddr
+	Stamp uint32
+}
 
 type NATMapping struct {
 	_           structs.HostLayout
@@ -402,9 +409,10 @@ type NATPlan struct {
 	Tcp             uint8
 	Reversed        uint8
 	Pad             uint8
+	Leaves          uint16
+	Pad2            uint16
 	Packets         uint32
 	Bytes           uint32
-	_               [4]byte
 	Lease           struct {
 		_     structs.HostLayout
 		Out   uint16
@@ -549,7 +557,15 @@ const (
 	NATUnleasedUNLEASED         NATUnleased = 0
 	NATUnleasedUNLEASED_DEVICE  NATUnleased = 1
 	NATUnleasedUNLEASED_NO_ROOM NATUnleased = 2
+	NATUnleasedUNLEASED_CHECKED NATUnleased = 3
 	NATUnleasedADJACENCY_FIRST  NATUnleased = 16
+)
+
+type NATUplinkBits uint32
+
+const (
+	NATUplinkBitsUPLINK_INDEX      NATUplinkBits = 32767
+	NATUplinkBitsUPLINK_MASQUERADE NATUplinkBits = 32768
 )
 
 // Names of all BPF objects in the ELF.
@@ -569,6 +585,7 @@ const (
 	NATMapGenerations        = "generations"
 	NATMapHostAddresses      = "host_addresses"
 	NATMapHostPeers          = "host_peers"
+	NATMapLocals             = "locals"
 	NATMapMappings           = "mappings"
 	NATMapMovedPorts         = "moved_ports"
 	NATMapNoDnatPorts        = "no_dnat_ports"
@@ -691,6 +708,7 @@ type NATMapSpecs struct {
 	Generations    *ebpf.MapSpec `ebpf:"generations"`
 	HostAddresses  *ebpf.MapSpec `ebpf:"host_addresses"`
 	HostPeers      *ebpf.MapSpec `ebpf:"host_peers"`
+	Locals         *ebpf.MapSpec `ebpf:"locals"`
 	Mappings       *ebpf.MapSpec `ebpf:"mappings"`
 	MovedPorts     *ebpf.MapSpec `ebpf:"moved_ports"`
 	NoDnatPorts    *ebpf.MapSpec `ebpf:"no_dnat_ports"`
@@ -749,6 +767,7 @@ type NATMaps struct {
 	Generations    *ebpf.Map `ebpf:"generations"`
 	HostAddresses  *ebpf.Map `ebpf:"host_addresses"`
 	HostPeers      *ebpf.Map `ebpf:"host_peers"`
+	Locals         *ebpf.Map `ebpf:"locals"`
 	Mappings       *ebpf.Map `ebpf:"mappings"`
 	MovedPorts     *ebpf.Map `ebpf:"moved_ports"`
 	NoDnatPorts    *ebpf.Map `ebpf:"no_dnat_ports"`
@@ -783,6 +802,7 @@ func (m *NATMaps) Close() error {
 		m.Generations,
 		m.HostAddresses,
 		m.HostPeers,
+		m.Locals,
 		m.Mappings,
 		m.MovedPorts,
 		m.NoDnatPorts,

@@ -46,6 +46,7 @@ static __noinline enum verdict open_outward(struct packet *p)
 	plan->original_ifindex = p->bridge;
 	plan->reply_class = CLASS_UPLINK;
 	plan->reply_ifindex = 0;
+	plan->leaves = uplink_index(p->uplink);
 	rule = snat_find(p->config, &t->src, p->uplink);
 	if (!rule && !(p->config->flags & CONFIG_ROUTED))
 		return drop(p, DROP_NO_RULE);
@@ -58,6 +59,7 @@ static __noinline enum verdict open_outward(struct packet *p)
 	plan->rule = rule->id;
 	plan->generation = rule->generation;
 	if (rule->flags & SNAT_MASQUERADE) {
+		plan->leaves |= UPLINK_MASQUERADE;
 		if (!masquerade_address(p, &plan->entry.claim.dst))
 			return drop(p, DROP_NO_ADDRESS);
 	} else {

@@ -12,6 +12,7 @@
 #include "open.h"
 #include "parse.h"
 #include "sender.h"
+#include "stale.h"
 
 static __always_inline enum verdict translate(struct packet *p, const struct found *f)
 {
@@ -149,7 +150,8 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 	if (p->h.kind != KIND_FLOW)
 		return drop(p, DROP_PROTOCOL);
 	if (half_find(&p->h.tuple, &f, false) && f.half->role != ROLE_TRANSIT &&
-	    half_accepts(f.half, CLASS_BRIDGE, from) && !opens_anew(p, &f)) {
+	    half_accepts(f.half, CLASS_BRIDGE, from) && !opens_anew(p, &f) &&
+	    way_holds(p, f.half, f.id)) {
 		lease_outward(p, &f);
 		return translate(p, &f);
 	}

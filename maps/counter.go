@@ -64,6 +64,7 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 		bpf.NATCounterLEASES_GRANTED:        {LeasesGranted, "A direction of a flow was let on the fast path for a second and a half, since the host let a packet of it through."},
 		bpf.NATCounterPACKETS_REDIRECTED:    {PacketsRedirected, "A packet took the fast path, past the host's stack."},
 		bpf.NATCounterEXPIRY_OVERDUE:        {"expiry-overdue", "A new flow found that the expiry had not run for a second: flows may not end."},
+		bpf.NATCounterFLOWS_STALE:           {"flows-stale", "A container's flow ended, since the host lost the address that masquerade gave it, or routes it by another uplink; it began anew."},
 	}
 }
 
