@@ -11,7 +11,6 @@ func TestWrongUsage(t *testing.T) {
 	for line, want := range map[string]string{
 		// Words of the manual that are not built yet.
 		"attach --bridge b --uplink u --internal":                  "tcnat attach: --internal: not built yet",
-		"attach --bridge b --uplink u --filtering x":               "tcnat attach: --filtering: not built yet",
 		"attach --bridge b --uplink u --protocols 47":              "tcnat attach: --protocols: not built yet",
 		"attach --bridge b --uplink u --max-new 3":                 "tcnat attach: --max-new: not built yet",
 		"attach --bridge b --uplink u --max-flows-per-source 3":    "tcnat attach: --max-flows-per-source: not built yet",
@@ -49,6 +48,7 @@ func TestWrongUsage(t *testing.T) {
 		"attach --bridge docker0 --uplink eth0 --max-flows 0":                     "tcnat attach: --max-flows 0: no flow at all would fit",
 		"attach --bridge docker0 --uplink eth0 --max-flows many":                  "tcnat attach: --max-flows many: not a number of flows",
 		"attach --bridge docker0 --uplink eth0 --unmanaged-devices allow":         "tcnat attach: --unmanaged-devices allow: takes drop, pass",
+		"attach --bridge docker0 --uplink eth0 --filtering none":                  "tcnat attach: --filtering none: takes endpoint-dependent, endpoint-independent",
 		"attach --bridge docker0 --uplink eth0 --isolate=maybe":                   "tcnat attach: --isolate maybe: takes true or false",
 		"attach --bridge docker0 --uplink eth0 --fast-path often":                 "tcnat attach: --fast-path often: takes auto, established, always, off",
 		"attach --bridge docker0 --uplink eth0 --cgroup here":                     "tcnat attach: --cgroup here: takes a path from / on, auto, or none",
