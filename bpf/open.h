@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include "backend.h"
 #include "packet.h"
 #include "plan.h"
 #include "recent.h"
@@ -74,6 +75,14 @@ static __noinline enum verdict open_outward(struct packet *p)
 	return GO_ON;
 }
 
+/* Which of several targets plan->published speaks of, for who comes in by a packet. */
+__noinline bool published_choose(const struct addr *client)
+{
+	struct plan *plan = plan_get();
+
+	return plan && client && backend_choose(&plan->published, client, bpf_get_prandom_u32());
+}
+
 static __always_inline bool is_published(struct packet *p, struct dnat_match *m)
 {
 	const struct tuple *t = &p->h.tuple;
@@ -98,9 +107,6 @@ static __always_inline enum verdict open_published(struct packet *p, struct plan
 
 	if (p->h.tcp & TCP_RST)
 		return PASS;
-	bridge = bridge_of(&rule->to);
-	if (!bridge)
-		return PASS; /* the bridge of its target is gone */
 	if (!hairpin && bridge_of(&t->src))
 		return drop(p, DROP_SPOOFED_ADDRESS);
 	/* what docker-proxy carries already stays with it, and so do answers to the host's own */
@@ -108,10 +114,15 @@ static __always_inline enum verdict open_published(struct packet *p, struct plan
 		return PASS;
 	if (rule->flags & DNAT_ALLOW_LIST && !rule_lists(p->config, rule->id, &t->src))
 		return drop(p, DROP_NOT_ALLOWED);
+	if (rule->flags & DNAT_BACKENDS && !published_choose(&t->src))
+		return PASS;
+	bridge = bridge_of(&rule->to);
+	if (!bridge)
+		return PASS; /* the bridge of its target is gone */
 	plan_begin(p, plan);
 	plan->reply_class = CLASS_BRIDGE;
 	plan->reply_ifindex = bridge;
-	plan->rule = rule->id;
+	plan->rule = plan->published.maker;
 	plan->generation = rule->generation;
 	plan->entry.claim.src = rule->to;
 	plan->entry.claim.sport = dnat_port(rule, t->dport);

@@ -9,6 +9,8 @@
 
 struct dnat_match {
 	struct dnat_rule rule; /* a copy */
+	__u32 maker;	       /* id that the flow's halves get: the rule's, or its backend's */
+	__u32 set;	       /* of rules that it is in */
 	__u32 any;	       /* the rule names no address: it holds for those of the host */
 	union {		       /* space for keys: the stack is short where this is called */
 		struct dnat_key port;
@@ -74,6 +76,8 @@ static __noinline bool dnat_find(const struct tuple *t, __u32 ifindex, struct dn
 	if (!rule)
 		return false;
 	m->rule = *rule;
+	m->maker = rule->id;
+	m->set = c->rules & RULES_SET;
 	return true;
 }
 
