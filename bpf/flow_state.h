@@ -8,7 +8,7 @@
 
 #include "packet.h"
 
-/* FIN both ways, or RST: a SYN on the tuple, or who needs its port, may take it over. */
+/* FIN both ways, or RST (what that is of SCTP: sctp.h): a SYN on the tuple, or who needs its port, may take it over. */
 static __always_inline bool flow_closed(const struct half *original, const struct half *reply)
 {
 	__u8 both = original->tcp & reply->tcp, any = original->tcp | reply->tcp;
@@ -48,7 +48,7 @@ static __always_inline bool is_well_known(__be16 port)
 static __always_inline enum timeout
 flow_timeout(const struct tuple *key, const struct half *original, const struct half *reply)
 {
-	if (key->proto == IPPROTO_TCP)
+	if (has_states(key->proto))
 		return tcp_timeout(original, reply);
 	if (key->proto != IPPROTO_UDP)
 		return TIMEOUT_ICMP;

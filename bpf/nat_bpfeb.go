@@ -155,10 +155,9 @@ const (
 	NATCounterPORTS_SHARED          NATCounter = 31
 	NATCounterLEASES_GRANTED        NATCounter = 32
 	NATCounterPACKETS_REDIRECTED    NATCounter = 33
-	NATCounterTIMER_RESTARTED       NATCounter = 34
-	NATCounterTIMER_FAILED          NATCounter = 35
-	NATCounterFLOWS_STALE           NATCounter = 36
-	NATCounterCOUNTER_COUNT         NATCounter = 37
+	NATCounterEXPIRY_OVERDUE        NATCounter = 34
+	NATCounterFLOWS_STALE           NATCounter = 35
+	NATCounterCOUNTER_COUNT         NATCounter = 36
 )
 
 type NATDevice struct {

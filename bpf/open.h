@@ -66,7 +66,7 @@ static __noinline enum verdict open_outward(struct packet *p)
 	} else {
 		fixed_address(p, rule, &plan->entry.claim.dst);
 	}
-	if (rule->port_first && t->proto != IPPROTO_ICMP && t->proto != IPPROTO_ICMPV6) {
+	if (rule->port_first && has_ports(t->proto)) {
 		plan->first = rule->port_first;
 		plan->last = rule->port_last;
 	} else {
@@ -88,7 +88,7 @@ static __always_inline bool is_published(struct packet *p, struct dnat_match *m)
 	const struct tuple *t = &p->h.tuple;
 	__u32 ifindex;
 
-	if ((t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) || !dnat_find(t, p->uplink, m))
+	if (!has_ports(t->proto) || !dnat_find(t, p->uplink, m))
 		return false;
 	return !m->any || route_of(p, &ifindex) == ROUTE_LOCAL;
 }
@@ -105,7 +105,7 @@ static __always_inline enum verdict open_published(struct packet *p, struct plan
 	enum socket_kind owner = hairpin && t->proto == IPPROTO_UDP ? SOCKET_ANY : SOCKET_CONNECTED;
 	__u32 bridge;
 
-	if (p->h.tcp & TCP_RST)
+	if (is_stray(&p->h))
 		return PASS;
 	if (!hairpin && bridge_of(&t->src))
 		return drop(p, DROP_SPOOFED_ADDRESS);

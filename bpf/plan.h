@@ -107,7 +107,7 @@ static __always_inline void plan_ports(struct plan *plan)
 {
 	__u16 wanted = bpf_ntohs(plan->original.sport);
 
-	if (plan->original.proto != IPPROTO_TCP && plan->original.proto != IPPROTO_UDP) {
+	if (!has_ports(plan->original.proto)) {
 		plan->first = 0;
 		plan->last = 65535;
 	} else if (wanted < 512) {

@@ -27,7 +27,7 @@ static __always_inline long fib_lookup(const struct packet *p, const struct addr
 	fib->ifindex = ifindex;
 	fib->tot_len = length;
 	fib->l4_protocol = t->proto;
-	if (t->proto == IPPROTO_TCP || t->proto == IPPROTO_UDP) {
+	if (has_ports(t->proto)) {
 		fib->sport = t->sport;
 		fib->dport = t->dport;
 	}
@@ -161,7 +161,7 @@ enum socket_kind {
 };
 
 /* Whether a packet with this tuple is for a socket of the host's own. bpf_skc_lookup_tcp finds
- * connections in TIME_WAIT and half-open ones, too.
+ * connections in TIME_WAIT and half-open ones, too. For SCTP there is no such helper.
  */
 static __always_inline bool host_has_socket(struct __sk_buff *skb, const struct tuple *t,
 					    enum socket_kind kind)

@@ -126,8 +126,8 @@ func TestFastRouteChanges(t *testing.T) {
 				before = append(before, watchArrivals(t, change.from, change.by, towards))
 				after = append(after, watchArrivals(t, change.to, change.then, towards))
 			}
-			since := time.Now()
 			ip(t, r.Host, change.commands...)
+			since := time.Now() // to run so many commands takes its time too
 			for i, f := range lab.Families() {
 				after[i].mustStart(t, name(change.name, f)+": the new way", since.Add(changeTime))
 			}
