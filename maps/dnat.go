@@ -246,7 +246,7 @@ func (rs *Rules) DeleteDNAT(r DNATRule) (changed bool, err error) {
 
 // normalizeToDelete validates the words of a rule to be deleted.
 func (r DNATRule) normalizeToDelete() (DNATRule, error) {
-	if r.To.IsValid() {
+	if r.To.IsValid() || r.hasBackends() {
 		return r.normalize()
 	}
 	r.Allow = nil
@@ -265,8 +265,7 @@ func (r DNATRule) means(o DNATRule) bool {
 	if !r.hasBackends() {
 		return !o.hasBackends() && r.same(o)
 	}
-	_, part := o.without(r.Targets())
-	return r.key() == o.key() && !part && len(r.Targets()) == len(o.Targets()) &&
+	return r.key() == o.key() &&
 		slices.EqualFunc(r.Targets(), o.Targets(), func(a, b Backend) bool { return r.compareTargets(a, b) == 0 }) &&
 		slices.Equal(r.Allow, o.Allow)
 }
