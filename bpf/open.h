@@ -163,7 +163,7 @@ static __noinline bool is_mapped(struct packet *p, struct plan *plan)
 	plan->published.any = false;
 	rule->port_first = rule->port_last = bpf_ntohs(t->dport);
 	rule->to_first = rule->to_last = bpf_ntohs(port);
-	rule->id = snat->id;
+	rule->id = plan->published.maker = snat->id;
 	rule->generation = snat->generation;
 	rule->flags = 0;
 	return true;
