@@ -368,13 +368,7 @@ type NATPlan struct {
 		_    structs.HostLayout
 		Rule NATDnatRule
 		Any  uint32
-		Key  struct {
-			_    structs.HostLayout
-			Port NATDnatKey
-			_    [4]byte
-		}
 	}
-	_     [4]byte
 	Quote struct {
 		_ structs.HostLayout
 		H struct {
