@@ -407,13 +407,7 @@ type NATPlan struct {
 		Maker uint32
 		Set   uint32
 		Any   uint32
-		Key   struct {
-			_    structs.HostLayout
-			Port NATDnatKey
-			_    [4]byte
-		}
 	}
-	_     [4]byte
 	Quote struct {
 		_ structs.HostLayout
 		H struct {
