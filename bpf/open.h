@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include "backend.h"
 #include "mapping.h"
 #include "packet.h"
 #include "plan.h"
@@ -75,6 +76,14 @@ static __noinline enum verdict open_outward(struct packet *p)
 	return GO_ON;
 }
 
+/* Which of several targets plan->published speaks of, for who comes in by a packet. */
+__noinline bool published_choose(const struct addr *client)
+{
+	struct plan *plan = plan_get();
+
+	return plan && client && backend_choose(&plan->published, client, bpf_get_prandom_u32());
+}
+
 static __always_inline bool is_published(struct packet *p, struct dnat_match *m)
 {
 	const struct tuple *t = &p->h.tuple;
@@ -99,9 +108,6 @@ static __always_inline enum verdict open_published(struct packet *p, struct plan
 
 	if (is_stray(&p->h))
 		return PASS;
-	bridge = bridge_of(&rule->to);
-	if (!bridge)
-		return PASS; /* the bridge of its target is gone */
 	if (!hairpin && bridge_of(&t->src))
 		return drop(p, DROP_SPOOFED_ADDRESS);
 	/* what docker-proxy carries already stays with it, and so do answers to the host's own */
@@ -109,10 +115,15 @@ static __always_inline enum verdict open_published(struct packet *p, struct plan
 		return PASS;
 	if (rule->flags & DNAT_ALLOW_LIST && !rule_lists(p->config, rule->id, &t->src))
 		return drop(p, DROP_NOT_ALLOWED);
+	if (rule->flags & DNAT_BACKENDS && !published_choose(&t->src))
+		return PASS;
+	bridge = bridge_of(&rule->to);
+	if (!bridge)
+		return PASS; /* the bridge of its target is gone */
 	plan_begin(p, plan);
 	plan->reply_class = CLASS_BRIDGE;
 	plan->reply_ifindex = bridge;
-	plan->rule = rule->id;
+	plan->rule = plan->published.maker;
 	plan->generation = rule->generation;
 	plan->entry.claim.src = rule->to;
 	plan->entry.claim.sport = dnat_port(rule, t->dport);
@@ -152,7 +163,7 @@ static __noinline bool is_mapped(struct packet *p, struct plan *plan)
 	plan->published.any = false;
 	rule->port_first = rule->port_last = bpf_ntohs(t->dport);
 	rule->to_first = rule->to_last = bpf_ntohs(port);
-	rule->id = snat->id;
+	rule->id = plan->published.maker = snat->id;
 	rule->generation = snat->generation;
 	rule->flags = 0;
 	return true;

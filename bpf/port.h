@@ -109,7 +109,7 @@ __noinline bool port_is_used(struct __sk_buff *skb)
 	if (!has_ports(claim->proto))
 		return false;
 	if (dnat_find(claim, plan->uplink, m) &&
-	    !(addr_equal(&m->rule.to, &plan->original.src) &&
+	    !(!(m->rule.flags & DNAT_BACKENDS) && addr_equal(&m->rule.to, &plan->original.src) &&
 	      dnat_port(&m->rule, claim->dport) == plan->original.sport))
 		return true;
 	return host_has_socket(skb, claim, SOCKET_NOT_LISTENING);
