@@ -403,6 +403,9 @@ type NATPlan struct {
 	OriginalIfindex uint32
 	ReplyIfindex    uint32
 	Uplink          uint32
+	Pool            uint32
+	Nth             uint32
+	PoolFirst       uint32
 	First           uint16
 	Last            uint16
 	Outside         uint8
@@ -415,6 +418,7 @@ type NATPlan struct {
 	_               [1]byte
 	Packets         uint32
 	Bytes           uint32
+	_               [4]byte
 	Lease           struct {
 		_     structs.HostLayout
 		Out   uint16

@@ -12,23 +12,24 @@
 #include "rule.h"
 
 /* The outside address that a rule without masquerade gives: an inside address always gets the same one
- * (RFC 4787 REQ-2).
+ * (RFC 4787 REQ-2) and another one only when that has no port left (port.h).
  */
 static __always_inline void fixed_address(const struct packet *p, const struct snat_rule *rule,
-					  struct addr *to)
+					  struct plan *plan)
 {
 	const struct tuple *t = &p->h.tuple;
 	__u64 words[2] = {
 		(__u64)t->src.word[0] << 32 | t->src.word[1],
 		(__u64)t->src.word[2] << 32 | t->src.word[3],
 	};
-	__u32 nth;
 
-	*to = rule->to;
+	plan->entry.claim.dst = rule->to;
 	if (rule->to_count <= 1)
 		return;
-	nth = keyed_hash(p->config->secret, words, 2) % rule->to_count;
-	to->word[3] = bpf_htonl(bpf_ntohl(rule->to.word[3]) + nth);
+	plan->pool = rule->to_count;
+	plan->pool_first = rule->to.word[3];
+	plan->nth = keyed_hash(p->config->secret, words, 2) % rule->to_count;
+	pool_address(plan, plan->nth);
 }
 
 /* SNAT: a container, or the host with a bridge's address, speaks to the world. */
@@ -62,7 +63,7 @@ static __noinline enum verdict open_outward(struct packet *p)
 		if (!masquerade_address(p, &plan->entry.claim.dst))
 			return drop(p, DROP_NO_ADDRESS);
 	} else {
-		fixed_address(p, rule, &plan->entry.claim.dst);
+		fixed_address(p, rule, plan);
 	}
 	if (rule->port_first && t->proto != IPPROTO_ICMP && t->proto != IPPROTO_ICMPV6) {
 		plan->first = rule->port_first;
