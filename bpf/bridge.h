@@ -77,6 +77,11 @@ static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3, b
 	v = check_sender(p);
 	if (v != GO_ON)
 		return v;
+	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE) {
+		v = hairpin_error_turn(p);
+		if (v != GO_ON)
+			return v;
+	}
 	find_outward(p);
 	if (first) {
 		v = forward_at_once(p, p->in);
@@ -183,6 +188,25 @@ static __always_inline bool belongs(struct packet *p)
 	return true;
 }
 
+/* Of what the host itself says to containers only ICMP about hairpin packets concerns us. */
+static __noinline enum verdict host_icmp(struct packet *p, __u32 l3)
+{
+	if (is_hairpin_redirect(p, l3))
+		return drop(p, DROP_HAIRPIN_REDIRECT);
+	if (parse(p, l3) != PARSED || p->h.kind != KIND_ICMP_ERROR ||
+	    p->h.fragment != FRAGMENT_NONE)
+		return PASS;
+	return hairpin_error_leave(p) == DROP ? DROP : PASS;
+}
+
+/* What a container sends to another one by the host. GO_ON: it is nothing of a hairpin flow's. */
+static __noinline enum verdict leave_bridge(struct packet *p)
+{
+	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE)
+		return hairpin_error_leave(p);
+	return hairpin_leave(p);
+}
+
 static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 {
 	__u32 ifindex = p->skb->ingress_ifindex;
@@ -193,20 +217,19 @@ static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 	if (is_vlan(p->skb))
 		return PASS;
 	if (!ifindex) /* the host's own */
-		return is_icmp(p, l3) && is_hairpin_redirect(p, l3) ? drop(p, DROP_HAIRPIN_REDIRECT)
-								    : PASS;
+		return is_icmp(p, l3) ? host_icmp(p, l3) : PASS;
 	packet_clock(p);
 	v = parse_inside(p, l3);
 	if (v != GO_ON)
 		return v;
 	if (ifindex == p->skb->ifindex) {
-		v = hairpin_leave(p);
+		v = leave_bridge(p);
 		return v == GO_ON ? PASS : v; /* by the host: a route back */
 	}
 	if (p->h.fragment == FRAGMENT_NONE && p->h.kind != KIND_OTHER && belongs(p))
 		return PASS;
 	if (is_bridge(ifindex)) {
-		v = hairpin_leave(p);
+		v = leave_bridge(p);
 		if (v != GO_ON)
 			return v;
 		return p->config->flags & CONFIG_NO_ISOLATION ? PASS : drop(p, DROP_ISOLATED);

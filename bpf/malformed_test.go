@@ -70,7 +70,7 @@ func shortest(f family) int {
 func TestTruncated(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, echo} {
+		for _, p := range []protocol{tcp, udp, sctp, echo} {
 			d.each(f.name+"/"+p.name, func(d *datapath) {
 				c := translated[0].open(d, f, p)
 				for _, h := range allHooks() {
@@ -97,7 +97,7 @@ func TestTruncated(t *testing.T) {
 func TestTruncatedQuotes(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, echo} {
+		for _, p := range []protocol{tcp, udp, sctp, echo} {
 			d.each(f.name+"/"+p.name, func(d *datapath) {
 				c := translated[0].open(d, f, p)
 				m := icmpErrors[f.name][0]
@@ -190,7 +190,7 @@ var mappedBytes = []byte{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 198, 51, 100,
 func TestMalformed(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, echo} {
+		for _, p := range []protocol{tcp, udp, sctp, echo} {
 			d.each(f.name+"/"+p.name, func(d *datapath) {
 				c := translated[0].open(d, f, p)
 				for _, bad := range damages {
@@ -223,14 +223,18 @@ func TestMalformed(t *testing.T) {
 func TestFragments(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, offset := range []int{-1, 1480} {
-			name := map[int]string{-1: "first", 1480: "later"}[offset]
-			d.each(f.name+"/"+name, func(d *datapath) {
+		for _, run := range []struct {
+			name     string
+			offset   int
+			protocol protocol
+		}{{"first", -1, udp}, {"later", 1480, udp}, {"sctp-first", -1, sctp}, {"sctp-later", 1480, sctp}} {
+			offset := run.offset
+			d.each(f.name+"/"+run.name, func(d *datapath) {
 				d.setRules(ruleSet{
 					snat: []snatRule{{source: f.subnet, masquerade: true}},
-					dnat: []dnatRule{publish(f, protoUDP, one(3005), one(80))},
+					dnat: []dnatRule{publish(f, run.protocol.number(f), one(3005), one(80))},
 				})
-				c := d.path(f, udp).as(f.uplink, 0)
+				c := d.path(f, run.protocol).as(f.uplink, 0)
 				c.sends("", "x")
 				fragment := func(p packet) packet { p.fragment, p.payload = offset, []byte("12345678"); return p }
 				sent, _ := c.out("", "")
@@ -266,7 +270,7 @@ func TestOptions(t *testing.T) {
 	}
 	options := [][]byte{{1, 1, 1, 1}, {7, 7, 4, 0, 0, 0, 0, 1}, append([]byte{7, 39, 4}, append(make([]byte, 36), 0)...)}
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, echo} {
+		for _, p := range []protocol{tcp, udp, sctp, echo} {
 			for i := range max(len(chains), len(options)) {
 				if f.name == "ipv4" && i >= len(options) || f.name == "ipv6" && i >= len(chains) {
 					continue

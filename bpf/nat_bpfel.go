@@ -124,8 +124,8 @@ const (
 	NATCounterPORTS_SHARED          NATCounter = 31
 	NATCounterLEASES_GRANTED        NATCounter = 32
 	NATCounterPACKETS_REDIRECTED    NATCounter = 33
-	NATCounterTIMER_RESTARTED       NATCounter = 34
-	NATCounterTIMER_FAILED          NATCounter = 35
+	NATCounterEXPIRY_OVERDUE        NATCounter = 34
+	NATCounterFLOWS_STALE           NATCounter = 35
 	NATCounterCOUNTER_COUNT         NATCounter = 36
 )
 
@@ -259,11 +259,11 @@ type NATHalf struct {
 	Packets  uint64
 	Bytes    uint64
 	Standing struct {
-		_    structs.HostLayout
-		Id   uint32
-		Life NATLife
-		Held NATHeld
-		Pad  uint16
+		_      structs.HostLayout
+		Id     uint32
+		Life   NATLife
+		Held   NATHeld
+		Uplink uint16
 	}
 	Lease struct {
 		_     structs.HostLayout
@@ -317,6 +317,12 @@ const (
 	NATLifeLIFE_ORIGINAL        NATLife = 4
 	NATLifeLIFE_ORIGINAL_ENDING NATLife = 5
 )
+
+type NATLocal struct {
+	_     structs.HostLayout
+	Addr  NATAddr
+	Stamp uint32
+}
 
 type NATMapping struct {
 	_           structs.HostLayout
@@ -416,9 +422,10 @@ type NATPlan struct {
 	Tcp             uint8
 	Reversed        uint8
 	_               [1]byte
+	Leaves          uint16
+	_               [2]byte
 	Packets         uint32
 	Bytes           uint32
-	_               [4]byte
 	Lease           struct {
 		_     structs.HostLayout
 		Out   uint16
@@ -563,7 +570,15 @@ const (
 	NATUnleasedUNLEASED         NATUnleased = 0
 	NATUnleasedUNLEASED_DEVICE  NATUnleased = 1
 	NATUnleasedUNLEASED_NO_ROOM NATUnleased = 2
+	NATUnleasedUNLEASED_CHECKED NATUnleased = 3
 	NATUnleasedADJACENCY_FIRST  NATUnleased = 16
+)
+
+type NATUplinkBits uint32
+
+const (
+	NATUplinkBitsUPLINK_INDEX      NATUplinkBits = 32767
+	NATUplinkBitsUPLINK_MASQUERADE NATUplinkBits = 32768
 )
 
 // Names of all BPF objects in the ELF.
@@ -583,6 +598,7 @@ const (
 	NATMapGenerations        = "generations"
 	NATMapHostAddresses      = "host_addresses"
 	NATMapHostPeers          = "host_peers"
+	NATMapLocals             = "locals"
 	NATMapMappings           = "mappings"
 	NATMapMovedPorts         = "moved_ports"
 	NATMapNoDnatPorts        = "no_dnat_ports"
@@ -705,6 +721,7 @@ type NATMapSpecs struct {
 	Generations    *ebpf.MapSpec `ebpf:"generations"`
 	HostAddresses  *ebpf.MapSpec `ebpf:"host_addresses"`
 	HostPeers      *ebpf.MapSpec `ebpf:"host_peers"`
+	Locals         *ebpf.MapSpec `ebpf:"locals"`
 	Mappings       *ebpf.MapSpec `ebpf:"mappings"`
 	MovedPorts     *ebpf.MapSpec `ebpf:"moved_ports"`
 	NoDnatPorts    *ebpf.MapSpec `ebpf:"no_dnat_ports"`
@@ -763,6 +780,7 @@ type NATMaps struct {
 	Generations    *ebpf.Map `ebpf:"generations"`
 	HostAddresses  *ebpf.Map `ebpf:"host_addresses"`
 	HostPeers      *ebpf.Map `ebpf:"host_peers"`
+	Locals         *ebpf.Map `ebpf:"locals"`
 	Mappings       *ebpf.Map `ebpf:"mappings"`
 	MovedPorts     *ebpf.Map `ebpf:"moved_ports"`
 	NoDnatPorts    *ebpf.Map `ebpf:"no_dnat_ports"`
@@ -797,6 +815,7 @@ func (m *NATMaps) Close() error {
 		m.Generations,
 		m.HostAddresses,
 		m.HostPeers,
+		m.Locals,
 		m.Mappings,
 		m.MovedPorts,
 		m.NoDnatPorts,

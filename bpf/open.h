@@ -32,6 +32,13 @@ static __always_inline void fixed_address(const struct packet *p, const struct s
 	pool_address(plan, plan->nth);
 }
 
+static __always_inline bool has_address(const struct snat_rule *rule, const struct addr *addr)
+{
+	return addr->word[0] == rule->to.word[0] && addr->word[1] == rule->to.word[1] &&
+	       addr->word[2] == rule->to.word[2] &&
+	       bpf_ntohl(addr->word[3]) - bpf_ntohl(rule->to.word[3]) < rule->to_count;
+}
+
 /* SNAT: a container, or the host with a bridge's address, speaks to the world. */
 static __noinline enum verdict open_outward(struct packet *p)
 {
@@ -48,6 +55,7 @@ static __noinline enum verdict open_outward(struct packet *p)
 	plan->original_ifindex = p->bridge;
 	plan->reply_class = CLASS_UPLINK;
 	plan->reply_ifindex = 0;
+	plan->leaves = uplink_index(p->uplink);
 	rule = snat_find(p->config, &t->src, p->uplink);
 	if (!rule && !(p->config->flags & CONFIG_ROUTED))
 		return drop(p, DROP_NO_RULE);
@@ -60,12 +68,13 @@ static __noinline enum verdict open_outward(struct packet *p)
 	plan->rule = rule->id;
 	plan->generation = rule->generation;
 	if (rule->flags & SNAT_MASQUERADE) {
+		plan->leaves |= UPLINK_MASQUERADE;
 		if (!masquerade_address(p, &plan->entry.claim.dst))
 			return drop(p, DROP_NO_ADDRESS);
 	} else {
 		fixed_address(p, rule, plan);
 	}
-	if (rule->port_first && t->proto != IPPROTO_ICMP && t->proto != IPPROTO_ICMPV6) {
+	if (rule->port_first && has_ports(t->proto)) {
 		plan->first = rule->port_first;
 		plan->last = rule->port_last;
 	} else {
@@ -79,7 +88,7 @@ static __always_inline bool is_published(struct packet *p, struct dnat_match *m)
 	const struct tuple *t = &p->h.tuple;
 	__u32 ifindex;
 
-	if ((t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) || !dnat_find(t, p->uplink, m))
+	if (!has_ports(t->proto) || !dnat_find(t, p->uplink, m))
 		return false;
 	return !m->any || route_of(p, &ifindex) == ROUTE_LOCAL;
 }
@@ -96,7 +105,7 @@ static __always_inline enum verdict open_published(struct packet *p, struct plan
 	enum socket_kind owner = hairpin && t->proto == IPPROTO_UDP ? SOCKET_ANY : SOCKET_CONNECTED;
 	__u32 bridge;
 
-	if (p->h.tcp & TCP_RST)
+	if (is_stray(&p->h))
 		return PASS;
 	bridge = bridge_of(&rule->to);
 	if (!bridge)
@@ -145,7 +154,7 @@ static __noinline bool is_mapped(struct packet *p, struct plan *plan)
 	if (snat->flags & SNAT_MASQUERADE) {
 		if (!bpf_map_lookup_elem(&host_addresses, &t->dst))
 			return false;
-	} else if (bpf_ntohl(t->dst.word[3]) - bpf_ntohl(snat->to.word[3]) >= snat->to_count) {
+	} else if (!has_address(snat, &t->dst)) {
 		return false;
 	}
 	plan->published.any = false;

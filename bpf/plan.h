@@ -47,6 +47,7 @@ struct plan {
 	__u8 absent;   /* nothing was found under the original tuple just now */
 	__u8 tcp;      /* what the first packet shows */
 	__u8 reversed; /* replaced is a flow that the other side had begun */
+	__u16 leaves;  /* standing.uplink of the original half */
 	__u32 packets; /* it is, and how long; 0: it is counted later */
 	__u32 bytes;
 	struct lease lease;	   /* of the original half, from the beginning */
@@ -84,6 +85,11 @@ static __always_inline enum held plan_holds(const struct plan *plan)
 	return (plan->map ? HELD_SOURCE : 0) | (plan->target ? HELD_TARGET : 0);
 }
 
+static __always_inline __u16 uplink_index(__u32 ifindex)
+{
+	return ifindex % UPLINK_INDEX + 1;
+}
+
 static __always_inline void plan_begin(const struct packet *p, struct plan *plan)
 {
 	plan->original = p->h.tuple;
@@ -98,6 +104,7 @@ static __always_inline void plan_begin(const struct packet *p, struct plan *plan
 	plan->outside = false;
 	plan->takeover = false;
 	plan->reversed = false;
+	plan->leaves = 0;
 	plan->queued = false;
 	plan->absent = p->absent;
 	plan->packets = 0;
@@ -116,7 +123,7 @@ static __always_inline void plan_ports(struct plan *plan)
 {
 	__u16 wanted = bpf_ntohs(plan->original.sport);
 
-	if (plan->original.proto != IPPROTO_TCP && plan->original.proto != IPPROTO_UDP) {
+	if (!has_ports(plan->original.proto)) {
 		plan->first = 0;
 		plan->last = 65535;
 	} else if (wanted < 512) {

@@ -33,7 +33,7 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 		bpf.NATCounterDROP_MALFORMED:        {"malformed", "The headers were cut short or contradict each other; usually a broken or hostile sender."},
 		bpf.NATCounterDROP_V4MAPPED:         {"v4-mapped", "An IPv6 packet carried IPv4-mapped addresses, which never belong on a wire."},
 		bpf.NATCounterDROP_FRAGMENT:         {"fragment", "A fragment of or for a container came, and fragments are not translated yet; usually a datagram larger than the MTU."},
-		bpf.NATCounterDROP_PROTOCOL:         {"protocol", "A container used a protocol that is not translated: TCP, UDP and ICMP are."},
+		bpf.NATCounterDROP_PROTOCOL:         {"protocol", "A container used a protocol that is not translated: TCP, UDP, SCTP and ICMP are."},
 		bpf.NATCounterDROP_LOOPBACK:         {"loopback", "A packet from outside or from a container was sent to or from a loopback address."},
 		bpf.NATCounterDROP_SPOOFED_ADDRESS:  {"spoofed-address", "A packet had an address that its sender has no right to: a container one that is not its own, or somebody else a container's."},
 		bpf.NATCounterDROP_SPOOFED_MAC:      {"spoofed-mac", "A container sent with a MAC address that is not its own."},
@@ -46,7 +46,7 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 		bpf.NATCounterDROP_HAIRPIN:          {"hairpin", "A container speaks to one server by two published ports from one port of its own, which cannot be told apart."},
 		bpf.NATCounterDROP_HAIRPIN_REDIRECT: {"hairpin-redirect", "The host told a container that the server behind a published port is its neighbour; no harm is done."},
 		bpf.NATCounterDROP_ICMP_UNRELATED:   {"icmp-unrelated", "An ICMP error or answer of a container belongs to no flow; usually the flow ended before it came."},
-		bpf.NATCounterDROP_TCP_UNEXPECTED:   {"tcp-unexpected", "A container's TCP reset belongs to no flow; usually the flow ended before it came."},
+		bpf.NATCounterDROP_TCP_UNEXPECTED:   {"tcp-unexpected", "A container's TCP reset, or an SCTP packet that ends or answers something, belongs to no flow; usually the flow ended before it came."},
 		bpf.NATCounterDROP_NO_ADDRESS:       {"no-address", "The uplink has no address of the packet's family to masquerade with."},
 		bpf.NATCounterDROP_NO_PORT:          {"no-port", "No outside port was free for a new flow; give the SNAT rule more ports or addresses."},
 		bpf.NATCounterDROP_TABLE_FULL:       {"table-full", "The flow table is full and a new flow was refused; attach with a larger --max-flows."},
@@ -63,8 +63,8 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 		bpf.NATCounterPORTS_SHARED:          {"ports-shared", "No outside port was free for an endpoint, so it shares one with another by destination."},
 		bpf.NATCounterLEASES_GRANTED:        {LeasesGranted, "A direction of a flow was let on the fast path for a second and a half, since the host let a packet of it through."},
 		bpf.NATCounterPACKETS_REDIRECTED:    {PacketsRedirected, "A packet took the fast path, past the host's stack."},
-		bpf.NATCounterTIMER_RESTARTED:       {"timer-restarted", "The expiry's timer had stopped and a packet started it again."},
-		bpf.NATCounterTIMER_FAILED:          {"timer-failed", "The expiry's timer could not be started; flows do not end until it can."},
+		bpf.NATCounterEXPIRY_OVERDUE:        {"expiry-overdue", "A new flow found that the expiry had not run for a second: flows may not end."},
+		bpf.NATCounterFLOWS_STALE:           {"flows-stale", "A container's flow ended, since the host lost the address that masquerade gave it, or routes it by another uplink; it began anew."},
 	}
 }
 
