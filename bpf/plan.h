@@ -79,15 +79,15 @@ static __always_inline void pool_address(struct plan *plan, __u32 nth)
 	plan->entry.claim.dst.word[3] = bpf_htonl(bpf_ntohl(plan->pool_first) + nth % plan->pool);
 }
 
+static __always_inline __u16 uplink_index(__u32 ifindex)
+{
+	return ifindex % UPLINK_INDEX + 1;
+}
+
 /* What the flow will hold. */
 static __always_inline enum held plan_holds(const struct plan *plan)
 {
 	return (plan->map ? HELD_SOURCE : 0) | (plan->target ? HELD_TARGET : 0);
-}
-
-static __always_inline __u16 uplink_index(__u32 ifindex)
-{
-	return ifindex % UPLINK_INDEX + 1;
 }
 
 static __always_inline void plan_begin(const struct packet *p, struct plan *plan)

@@ -72,7 +72,7 @@ static __noinline bool is_same_way(const struct packet *p, const struct half *ha
 	} else if (!has_address(rule, outside)) {
 		return false;
 	}
-	return (!rule->port_first || (port >= rule->port_first && port <= rule->port_last));
+	return !rule->port_first || (port >= rule->port_first && port <= rule->port_last);
 }
 
 /* The slow path: asks, notes the answer, or ends the flow. */
