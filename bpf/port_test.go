@@ -30,7 +30,7 @@ func (f family) third() netip.Addr { return f.other.Next() }
 func TestPortClash(t *testing.T) {
 	d := load(t, 64)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, udpZero, sctp, sctpZero, echo} {
+		for _, p := range []protocol{tcp, udp, udpZero, udpLite, sctp, sctpZero, echo} {
 			d.each(f.name+"/"+p.name, func(d *datapath) {
 				masquerade(d, f)
 				a := d.path(f, p).as(f.uplink, 0)

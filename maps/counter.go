@@ -33,7 +33,7 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 		bpf.NATCounterDROP_MALFORMED:        {"malformed", "The headers were cut short or contradict each other; usually a broken or hostile sender."},
 		bpf.NATCounterDROP_V4MAPPED:         {"v4-mapped", "An IPv6 packet carried IPv4-mapped addresses, which never belong on a wire."},
 		bpf.NATCounterDROP_FRAGMENT:         {"fragment", "A fragment of or for a container came, and fragments are not translated yet; usually a datagram larger than the MTU."},
-		bpf.NATCounterDROP_PROTOCOL:         {"protocol", "A container used a protocol that is not translated: TCP, UDP, SCTP and ICMP are."},
+		bpf.NATCounterDROP_PROTOCOL:         {"protocol", "A container used a protocol that is not translated: TCP, UDP, UDP-Lite, SCTP and ICMP are."},
 		bpf.NATCounterDROP_LOOPBACK:         {"loopback", "A packet from outside or from a container was sent to or from a loopback address."},
 		bpf.NATCounterDROP_SPOOFED_ADDRESS:  {"spoofed-address", "A packet had an address that its sender has no right to: a container one that is not its own, or somebody else a container's."},
 		bpf.NATCounterDROP_SPOOFED_MAC:      {"spoofed-mac", "A container sent with a MAC address that is not its own."},

@@ -11,6 +11,7 @@ import (
 // features are parts of the generator that can be switched on and off.
 type features struct {
 	fragments bool // tcnat drops them so far
+	sctp      bool // conversations of SCTP alone
 }
 
 // generator writes one script.
@@ -32,7 +33,21 @@ func newScript(seed uint64, number int, on features) *script {
 	if g.IntN(2) == 1 {
 		g.family = lab.IPv6
 	}
-	// Kinds of conversations, each with its weight.
+	if on.sctp {
+		g.sctpKinds()
+	} else {
+		g.kinds()
+	}
+	parts := make([][]step, len(g.flows))
+	for i := range g.flows {
+		parts[i] = g.talk(i)
+	}
+	g.merge(parts)
+	return g.script
+}
+
+// kinds draws what kind of conversation it is, each with its weight.
+func (g *generator) kinds() {
 	g.oneOf([]choice{
 		{20, func() { g.outward(unix.IPPROTO_TCP, 1) }},
 		{15, func() { g.inward(unix.IPPROTO_TCP, 1) }},
@@ -44,12 +59,6 @@ func newScript(seed uint64, number int, on features) *script {
 		{5, func() { g.clashInward() }},
 		{10, func() { g.outward(g.protocol(), 1); g.outward(g.protocol(), 1); g.inward(unix.IPPROTO_TCP, g.IntN(2)) }},
 	})
-	parts := make([][]step, len(g.flows))
-	for i := range g.flows {
-		parts[i] = g.talk(i)
-	}
-	g.merge(parts)
-	return g.script
 }
 
 // choice is one of several, as likely as its weight.
@@ -198,6 +207,8 @@ func (g *generator) talk(i int) []step {
 		t.tcp()
 	case t.flow.protocol == unix.IPPROTO_UDP:
 		t.udp()
+	case t.flow.protocol == unix.IPPROTO_SCTP:
+		t.sctp()
 	default:
 		t.echoes()
 	}

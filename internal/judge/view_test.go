@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"tcnat/internal/lab"
 )
 
@@ -148,7 +150,7 @@ func endpoints(ip []byte) (src, dst netip.AddrPort, ok bool) {
 	}
 	sport, dport := binary.BigEndian.Uint16(ip[h.l4:]), binary.BigEndian.Uint16(ip[h.l4+2:])
 	switch {
-	case h.protocol == 6 || h.protocol == 17:
+	case h.protocol == unix.IPPROTO_TCP || h.protocol == unix.IPPROTO_UDP || h.protocol == unix.IPPROTO_SCTP:
 	case isICMP(h.protocol):
 		request, reply := isEcho(h.protocol, ip[h.l4])
 		if !request && !reply || h.l4+6 > len(ip) {

@@ -9,10 +9,10 @@ import (
 	"testing"
 )
 
-// namedTest is a test as docs/scenarios.md names it: package, function, and a part of a subtest's name.
+// namedTest is a test as the documentation names it: package, function, and a part of a subtest's name.
 var namedTest = regexp.MustCompile("`([a-z0-9/]+)/(Test[A-Za-z0-9]+)(?:/([^`]+))?`")
 
-// Each scenario has its row, each row a test or a reason, and each test that is named exists.
+// Each scenario has its row, each row a test or a reason.
 func TestScenarios(t *testing.T) {
 	text, err := os.ReadFile("../../docs/scenarios.md")
 	if err != nil {
@@ -33,14 +33,55 @@ func TestScenarios(t *testing.T) {
 				}
 			}
 		}
-		for _, named := range namedTest.FindAllStringSubmatch(line, -1) {
-			if problem := missing(t, named[1], named[2], named[3]); problem != "" {
-				t.Errorf("%s: %s", named[0], problem)
-			}
-		}
 	}
 	if next != 61 {
 		t.Errorf("%d scenarios, want 60", next-1)
+	}
+}
+
+// Each test that the documentation names exists.
+func TestNamedTests(t *testing.T) {
+	docs, err := filepath.Glob("../../docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for _, doc := range docs {
+		text, err := os.ReadFile(doc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, named := range namedTest.FindAllStringSubmatch(string(text), -1) {
+			found++
+			if problem := missing(t, named[1], named[2], named[3]); problem != "" {
+				t.Errorf("%s: %s: %s", filepath.Base(doc), named[0], problem)
+			}
+		}
+	}
+	if found < 100 {
+		t.Errorf("%d tests are named, want more", found)
+	}
+}
+
+// What RFC 2119 makes a must is met, by a test or a reason.
+func TestRequirements(t *testing.T) {
+	text, err := os.ReadFile("../../docs/behaviour.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := 0
+	for line := range strings.Lines(string(text)) {
+		cells := strings.Split(strings.TrimSpace(line), "|")
+		if len(cells) != 7 || !strings.HasPrefix(strings.TrimSpace(cells[2]), "MUST") {
+			continue
+		}
+		rows++
+		if strings.TrimSpace(cells[5]) == "" && strings.TrimSpace(cells[4]) == "" {
+			t.Errorf("%s: neither a test nor a reason", line)
+		}
+	}
+	if rows < 30 {
+		t.Errorf("%d requirements are musts, want more", rows)
 	}
 }
 
