@@ -442,6 +442,9 @@ type NATPlan struct {
 	OriginalIfindex uint32
 	ReplyIfindex    uint32
 	Uplink          uint32
+	Pool            uint32
+	Nth             uint32
+	PoolFirst       uint32
 	First           uint16
 	Last            uint16
 	Outside         uint8
@@ -456,7 +459,6 @@ type NATPlan struct {
 	_               [2]byte
 	Packets         uint32
 	Bytes           uint32
-	_               [4]byte
 	Lease           struct {
 		_     structs.HostLayout
 		Out   uint16
