@@ -195,7 +195,7 @@ func TestClientPortClash(t *testing.T) {
 				}
 				want := moved.flow(true, bpf.NATTranslationTRANSLATION_DNAT, dnatID(1))
 				want.out, want.in = 3, 3
-				if p.name == tcp.name {
+				if p.states() {
 					want.outTCP, want.inTCP = sawSYN|sawACK, sawSYN|sawACK
 				}
 				d.checkFlow(want)
