@@ -7,6 +7,7 @@
 #include "always.h"
 #include "fast.h"
 #include "flow.h"
+#include "fragment.h"
 #include "guard.h"
 #include "hairpin.h"
 #include "icmp.h"
@@ -48,11 +49,42 @@ static __noinline void find_outward(struct packet *p)
 	p->half = NULL;
 	if (p->absent)
 		return;
-	if (p->h.kind == KIND_FLOW && p->h.fragment == FRAGMENT_NONE &&
-	    half_find(&p->h.tuple, &f, false) && half_accepts(f.half, CLASS_BRIDGE, p->bridge)) {
+	if (p->h.kind == KIND_FLOW && half_find(&p->h.tuple, &f, false) &&
+	    half_accepts(f.half, CLASS_BRIDGE, p->bridge)) {
 		p->half = f.half;
 		p->id = f.id;
 	}
+}
+
+/* A fragment that a container sends, which is its own. Most go on to an uplink as they are; those for
+ * the host may be of hairpin flows.
+ */
+static __noinline enum verdict fragment_from_bridge(struct packet *p)
+{
+	enum verdict v = fragment_begin(p, HOOK_INGRESS);
+
+	if (v != GO_ON)
+		return v;
+	find_outward(p);
+	if (!p->half || !is_hairpin(p->half)) {
+		v = guard_fragment(p);
+		if (v == GO_ON && is_early(p)) {
+			v = fragment_wait(p, HOOK_INGRESS, PASS);
+			find_outward(p);
+		} else if (v == GO_ON && p->h.fragment == FRAGMENT_FIRST) {
+			v = hairpin_create(p);
+			if (v != GO_ON)
+				return fragment_end(p, v, FATE_UNTOUCHED, HOOK_INGRESS);
+		}
+		if (v != GO_ON)
+			return v;
+	}
+	if (p->h.fragment == FRAGMENT_LATER && !p->half)
+		return p->h.fate == FATE_CARRIED ? drop(p, DROP_FRAGMENT) : PASS;
+	v = hairpin_turn(p);
+	if (v == GO_ON) /* the first of another flow */
+		v = hairpin_create(p) == GO_ON ? hairpin_turn(p) : drop(p, DROP_ENDING);
+	return p->h.fragment == FRAGMENT_FIRST ? fragment_end(p, v, FATE_CARRIED, HOOK_INGRESS) : v;
 }
 
 /* first: see to a flow's first packet, too (--fast-path always). */
@@ -77,6 +109,8 @@ static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3, b
 	v = check_sender(p);
 	if (v != GO_ON)
 		return v;
+	if (p->h.fragment != FRAGMENT_NONE)
+		return fragment_from_bridge(p);
 	find_outward(p);
 	if (first) {
 		v = forward_at_once(p, p->in);
@@ -165,7 +199,7 @@ static __always_inline bool belongs(struct packet *p)
 		struct headers *quoted;
 
 		/* from_uplink has put the container's own packet into the quote */
-		if (!plan)
+		if (!plan || p->h.fragment != FRAGMENT_NONE)
 			return false;
 		quoted = &plan->quote.h;
 		if (parse_quoted(p, quoted) != PARSED || quoted->kind != KIND_FLOW)
@@ -181,6 +215,28 @@ static __always_inline bool belongs(struct packet *p)
 		return false;
 	lease_inward(p, &f);
 	return true;
+}
+
+/* What the host forwards to a container. */
+static __always_inline enum verdict enter(struct packet *p)
+{
+	__u32 ifindex = p->skb->ingress_ifindex;
+	enum verdict v;
+
+	if (ifindex == p->skb->ifindex) {
+		v = hairpin_leave(p);
+		return v == GO_ON ? PASS : v; /* by the host: a route back */
+	}
+	if (p->h.kind != KIND_OTHER && belongs(p))
+		return PASS;
+	if (is_bridge(ifindex)) {
+		v = hairpin_leave(p);
+		if (v != GO_ON)
+			return v;
+		return p->config->flags & CONFIG_NO_ISOLATION ? PASS : drop(p, DROP_ISOLATED);
+	}
+	return drop(p, p->h.fragment != FRAGMENT_NONE && p->h.kind != KIND_FLOW ? DROP_FRAGMENT
+										: DROP_NO_FLOW);
 }
 
 static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
@@ -199,19 +255,15 @@ static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 	v = parse_inside(p, l3);
 	if (v != GO_ON)
 		return v;
-	if (ifindex == p->skb->ifindex) {
-		v = hairpin_leave(p);
-		return v == GO_ON ? PASS : v; /* by the host: a route back */
-	}
-	if (p->h.fragment == FRAGMENT_NONE && p->h.kind != KIND_OTHER && belongs(p))
-		return PASS;
-	if (is_bridge(ifindex)) {
-		v = hairpin_leave(p);
+	if (p->h.fragment != FRAGMENT_NONE) {
+		v = fragment_begin(p, HOOK_EGRESS | ifindex);
+		if (v == GO_ON && is_early(p))
+			v = fragment_wait(p, HOOK_EGRESS | ifindex, DROP);
 		if (v != GO_ON)
 			return v;
-		return p->config->flags & CONFIG_NO_ISOLATION ? PASS : drop(p, DROP_ISOLATED);
 	}
-	if (p->h.fragment != FRAGMENT_NONE)
-		return drop(p, DROP_FRAGMENT);
-	return drop(p, DROP_NO_FLOW);
+	v = enter(p);
+	return p->h.fragment == FRAGMENT_FIRST
+		       ? fragment_end(p, v, FATE_CARRIED, HOOK_EGRESS | ifindex)
+		       : v;
 }

@@ -54,10 +54,22 @@ static __always_inline enum verdict guard_route(struct packet *p)
 	}
 	if (device->class == CLASS_BRIDGE && !(p->config->flags & CONFIG_NO_ISOLATION))
 		return drop(p, DROP_ISOLATED);
-	/* between routing and the uplink the kernel may fragment, but not join */
-	if (p->h.fragment != FRAGMENT_NONE)
-		return drop(p, DROP_FRAGMENT);
 	return PASS;
+}
+
+/* The host routes a fragment without looking at ports or, where it tracks connections, the whole
+ * datagram.
+ */
+static __noinline enum verdict guard_fragment(struct packet *p)
+{
+	enum verdict v = GO_ON;
+
+	if (p->h.fragment == FRAGMENT_FIRST) {
+		p->h.fragment = FRAGMENT_NONE;
+		v = guard_route(p);
+		p->h.fragment = FRAGMENT_FIRST;
+	}
+	return v == DROP ? v : guard_route(p);
 }
 
 /* What a device without from_uplink let in was translated by nobody. */

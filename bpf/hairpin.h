@@ -58,8 +58,7 @@ static __noinline enum verdict open_hairpin(struct packet *p)
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
-	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE ||
-	    (t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
+	if (p->h.kind != KIND_FLOW || (t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
 	    !dnat_find(t, p->bridge, &plan->published))
 		return PASS;
 	/* no route to it looks like an address of the host's own: see route_of() */
@@ -97,8 +96,8 @@ static __noinline enum verdict hairpin_leave(struct packet *p)
 {
 	struct found f;
 
-	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE ||
-	    !half_find(&p->h.tuple, &f, true) || f.half->role != ROLE_TRANSIT ||
+	if (p->h.kind != KIND_FLOW || !half_find(&p->h.tuple, &f, true) ||
+	    f.half->role != ROLE_TRANSIT ||
 	    !half_accepts(f.half, CLASS_BRIDGE, p->skb->ingress_ifindex))
 		return GO_ON;
 	return rewrite(p, &f.to);

@@ -130,8 +130,6 @@ static __noinline enum verdict open_inward(struct packet *p)
 		return drop(p, DROP_NO_MEMORY);
 	if (!is_published(p, &plan->published))
 		return PASS;
-	if (p->h.fragment != FRAGMENT_NONE)
-		return drop(p, DROP_FRAGMENT);
 	v = open_published(p, plan, false);
 	if (v != GO_ON)
 		return v;
@@ -153,7 +151,7 @@ static __noinline enum verdict open_direct(struct packet *p)
 	if (!(*(volatile enum config_flag *)&p->config->flags & CONFIG_ALLOW_DIRECT))
 		return PASS;
 	bridge = bridge_of(&p->h.tuple.dst);
-	if (!bridge || p->h.fragment != FRAGMENT_NONE)
+	if (!bridge)
 		return PASS;
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);

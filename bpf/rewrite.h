@@ -139,10 +139,11 @@ static __always_inline long rewrite_ports(struct packet *p, const struct tuple *
 	return err;
 }
 
-/* Gives the packet another tuple. After a failed write nobody knows what it looks like. */
+/* Gives the packet another tuple; a later fragment has no ports. After a failed write nobody knows what it looks like. */
 static __noinline enum verdict rewrite(struct packet *p, const struct tuple *to)
 {
-	if (rewrite_addrs(p, &to->src, &to->dst) || rewrite_ports(p, to))
+	if (rewrite_addrs(p, &to->src, &to->dst) ||
+	    (p->h.fragment != FRAGMENT_LATER && rewrite_ports(p, to)))
 		return drop(p, DROP_REWRITE);
 	return PASS;
 }

@@ -27,7 +27,9 @@ static __always_inline long fib_lookup(const struct packet *p, const struct addr
 	fib->ifindex = ifindex;
 	fib->tot_len = length;
 	fib->l4_protocol = t->proto;
-	if (t->proto == IPPROTO_TCP || t->proto == IPPROTO_UDP) {
+	/* the kernel does not look for ports in fragments */
+	if ((t->proto == IPPROTO_TCP || t->proto == IPPROTO_UDP) &&
+	    p->h.fragment == FRAGMENT_NONE) {
 		fib->sport = t->sport;
 		fib->dport = t->dport;
 	}
