@@ -56,35 +56,18 @@ static __noinline void find_outward(struct packet *p)
 	}
 }
 
-/* A fragment that a container sends, which is its own. Most go on to an uplink as they are; those for
- * the host may be of hairpin flows.
+/* A later fragment to the host itself. GO_ON: of a hairpin flow. What there is no room for is the host's, as all
+ * of it would be without us.
  */
-static __noinline enum verdict fragment_from_bridge(struct packet *p)
+static __noinline enum verdict later_to_host(struct packet *p)
 {
-	enum verdict v = fragment_begin(p, HOOK_INGRESS);
+	enum verdict v = PASS;
 
-	if (v != GO_ON)
-		return v;
-	find_outward(p);
-	if (!p->half || !is_hairpin(p->half)) {
-		v = guard_fragment(p);
-		if (v == GO_ON && is_early(p)) {
-			v = fragment_wait(p, HOOK_INGRESS, PASS);
-			find_outward(p);
-		} else if (v == GO_ON && p->h.fragment == FRAGMENT_FIRST) {
-			v = hairpin_create(p);
-			if (v != GO_ON)
-				return fragment_end(p, v, FATE_UNTOUCHED, HOOK_INGRESS);
-		}
-		if (v != GO_ON)
-			return v;
-	}
-	if (p->h.fragment == FRAGMENT_LATER && !p->half)
-		return p->h.fate == FATE_CARRIED ? drop(p, DROP_FRAGMENT) : PASS;
-	v = hairpin_turn(p);
-	if (v == GO_ON) /* the first of another flow */
-		v = hairpin_create(p) == GO_ON ? hairpin_turn(p) : drop(p, DROP_ENDING);
-	return p->h.fragment == FRAGMENT_FIRST ? fragment_end(p, v, FATE_CARRIED, HOOK_INGRESS) : v;
+	if (is_early(p))
+		v = fragment_wait(p, HOOK_INGRESS, PASS);
+	if (v == GO_ON)
+		find_outward(p);
+	return v != GO_ON || (p->half && is_hairpin(p->half)) ? v : PASS;
 }
 
 /* first: see to a flow's first packet, too (--fast-path always). */
@@ -109,24 +92,35 @@ static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3, b
 	v = check_sender(p);
 	if (v != GO_ON)
 		return v;
-	if (p->h.fragment != FRAGMENT_NONE)
-		return fragment_from_bridge(p);
+	if (__builtin_expect(p->h.fragment != FRAGMENT_NONE, 0)) {
+		v = fragment_begin(p, HOOK_INGRESS);
+		if (v != GO_ON)
+			return v;
+	}
 	find_outward(p);
 	if (first) {
 		v = forward_at_once(p, p->in);
 		if (v != GO_ON)
 			return v;
 	}
-	if (!p->half)
-		v = guard_route(p);
-	else if (!is_hairpin(p->half))
-		v = guard_flow(p);
-	else
+	if (p->half && is_hairpin(p->half)) {
 		v = hairpin_turn(p);
-	if (v != GO_ON)
-		return v;
-	v = hairpin_create(p);
-	return v == GO_ON ? hairpin_turn(p) : v;
+	} else {
+		if (p->half && p->h.fragment == FRAGMENT_NONE)
+			v = guard_flow(p);
+		else
+			v = guard_route(p);
+		if (v == PASS && !guards_datagram(p))
+			v = DROP;
+		if (v != GO_ON)
+			return v;
+	}
+	if (v == GO_ON) {
+		v = p->h.fragment == FRAGMENT_LATER ? later_to_host(p) : hairpin_create(p);
+		if (v == GO_ON)
+			v = hairpin_turn(p);
+	}
+	return p->h.fragment == FRAGMENT_FIRST ? fragment_end(p, v, HOOK_INGRESS) : v;
 }
 
 /* Whether a frame's source address is another port's. Dropped here, before the bridge sees it, it
@@ -255,7 +249,7 @@ static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 	v = parse_inside(p, l3);
 	if (v != GO_ON)
 		return v;
-	if (p->h.fragment != FRAGMENT_NONE) {
+	if (__builtin_expect(p->h.fragment != FRAGMENT_NONE, 0)) {
 		v = fragment_begin(p, HOOK_EGRESS | ifindex);
 		if (v == GO_ON && is_early(p))
 			v = fragment_wait(p, HOOK_EGRESS | ifindex, DROP);
@@ -263,7 +257,5 @@ static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 			return v;
 	}
 	v = enter(p);
-	return p->h.fragment == FRAGMENT_FIRST
-		       ? fragment_end(p, v, FATE_CARRIED, HOOK_EGRESS | ifindex)
-		       : v;
+	return p->h.fragment == FRAGMENT_FIRST ? fragment_end(p, v, HOOK_EGRESS | ifindex) : v;
 }

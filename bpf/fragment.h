@@ -200,7 +200,7 @@ static __always_inline long fragment_turn(struct __sk_buff *skb, __u32 l3, const
 	asm volatile("" : "+r"(length));
 	if (!length || length > HELD_BYTES)
 		return -1;
-	return bpf_skb_store_bytes(skb, l3, packet, length, BPF_F_RECOMPUTE_CSUM);
+	return bpf_skb_store_bytes(skb, l3, packet, length, 0);
 }
 
 /* Sends on what waits for the first fragment that fragment_note() has just noted. Not 0: the packet
@@ -225,9 +225,13 @@ __noinline long fragment_release(struct __sk_buff *skb, __u32 l3, __u32 hook)
 		err = 0;
 		if (!turned) {
 			err = fragment_load(skb, l3, s->first, length);
-			/* what the device says of the first's checksum does not hold for others */
+			/* what the device says of the first's checksum does not hold for others: this
+			 * makes the kernel forget it, CHECKSUM_COMPLETE by the cut
+			 */
 			if (!err)
 				bpf_csum_level(skb, BPF_CSUM_LEVEL_RESET);
+			if (!err)
+				err = bpf_skb_change_tail(skb, l3 + length - 1, 0);
 			turned = !err;
 		}
 		if (!err)
@@ -297,12 +301,11 @@ static __noinline enum verdict fragment_wait(struct packet *p, __u32 hook, enum 
 	return spare == DROP ? drop(p, DROP_FRAGMENT_NO_ROOM) : spare;
 }
 
-/* After a first fragment; v and fate are what became of it. */
-static __noinline enum verdict fragment_end(struct packet *p, enum verdict v,
-					    enum fragment_fate fate, __u32 hook)
+/* After a first fragment; v is what became of it. */
+static __noinline enum verdict fragment_end(struct packet *p, enum verdict v, __u32 hook)
 {
-	if (v != PASS)
-		fate = FATE_REFUSED;
+	enum fragment_fate fate = v != PASS ? FATE_REFUSED : p->h.fate ? p->h.fate : FATE_CARRIED;
+
 	fragment_note(p->skb, &p->h, hook, p->now, fate);
 	if (v != PASS)
 		return v;

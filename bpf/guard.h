@@ -29,7 +29,7 @@ static __always_inline void note_unmanaged(__u32 ifindex)
  * out. So the question is asked where every packet of a container passes: where will the
  * host send it? GO_ON: to itself.
  */
-static __always_inline enum verdict guard_route(struct packet *p)
+static __noinline enum verdict guard_route(struct packet *p)
 {
 	const struct device *device;
 	__u32 ifindex = 0;
@@ -57,19 +57,19 @@ static __always_inline enum verdict guard_route(struct packet *p)
 	return PASS;
 }
 
-/* The host routes a fragment without looking at ports or, where it tracks connections, the whole
- * datagram.
+/* The host routes a fragment without looking at ports or, where it tracks connections, the datagram: then
+ * the first, without which there is none, must be allowed to go both ways.
  */
-static __noinline enum verdict guard_fragment(struct packet *p)
+static __always_inline bool guards_datagram(struct packet *p)
 {
-	enum verdict v = GO_ON;
+	enum verdict v;
 
-	if (p->h.fragment == FRAGMENT_FIRST) {
-		p->h.fragment = FRAGMENT_NONE;
-		v = guard_route(p);
-		p->h.fragment = FRAGMENT_FIRST;
-	}
-	return v == DROP ? v : guard_route(p);
+	if (p->h.fragment != FRAGMENT_FIRST)
+		return true;
+	p->h.fragment = FRAGMENT_NONE;
+	v = guard_route(p);
+	p->h.fragment = FRAGMENT_FIRST;
+	return v != DROP;
 }
 
 /* What a device without from_uplink let in was translated by nobody. */

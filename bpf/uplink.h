@@ -184,7 +184,7 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 		return error_outward(p, bridge);
 	if (!bridge)
 		return PASS; /* the host's own, or forwarded for somebody else */
-	if (p->h.fragment != FRAGMENT_NONE) {
+	if (__builtin_expect(p->h.fragment != FRAGMENT_NONE, 0)) {
 		v = fragment_begin(p, HOOK_EGRESS | from);
 		if (v == GO_ON && is_early(p))
 			v = fragment_wait(p, HOOK_EGRESS | from, DROP);
@@ -192,9 +192,7 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 			return v;
 	}
 	v = leave(p, from);
-	return p->h.fragment == FRAGMENT_FIRST
-		       ? fragment_end(p, v, FATE_CARRIED, HOOK_EGRESS | from)
-		       : v;
+	return p->h.fragment == FRAGMENT_FIRST ? fragment_end(p, v, HOOK_EGRESS | from) : v;
 }
 
 static __noinline enum verdict error_inward(struct packet *p)
@@ -232,8 +230,10 @@ static __always_inline enum verdict arrive(struct packet *p, __u32 l3)
 	struct found f;
 	enum verdict v;
 
-	if (p->h.kind != KIND_FLOW)
+	if (p->h.kind != KIND_FLOW) {
+		p->h.fate = FATE_UNTOUCHED;
 		return PASS;
+	}
 	if (!p->absent && half_find(&p->h.tuple, &f, false) &&
 	    half_accepts(f.half, CLASS_UPLINK, p->skb->ifindex) && !opens_anew(p, &f))
 		return translate_inward(p, &f, l3);
@@ -243,8 +243,10 @@ static __always_inline enum verdict arrive(struct packet *p, __u32 l3)
 	v = open_inward(p);
 	if (v == PASS)
 		v = open_direct(p);
-	if (v == PASS)
+	if (v == PASS) {
+		p->h.fate = FATE_UNTOUCHED;
 		return guard_inside(p);
+	}
 	v = begin(p, v, &f);
 	return v == GO_ON ? translate_inward(p, &f, l3) : v;
 }
@@ -263,15 +265,6 @@ static __noinline enum verdict early_from_uplink(struct packet *p)
 	    !bpf_map_lookup_elem(&devices, &ifindex))
 		return PASS;
 	return fragment_wait(p, HOOK_INGRESS, PASS);
-}
-
-static __noinline enum verdict first_from_uplink(struct packet *p, enum verdict v)
-{
-	struct found f;
-	bool carried = half_find(&p->h.tuple, &f, true) &&
-		       half_accepts(f.half, CLASS_UPLINK, p->skb->ifindex);
-
-	return fragment_end(p, v, carried ? FATE_CARRIED : FATE_UNTOUCHED, HOOK_INGRESS);
 }
 
 static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
@@ -304,7 +297,7 @@ static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
 		return drop(p, DROP_LOOPBACK);
 	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE)
 		return error_inward(p);
-	if (p->h.fragment != FRAGMENT_NONE) {
+	if (__builtin_expect(p->h.fragment != FRAGMENT_NONE, 0)) {
 		v = fragment_begin(p, HOOK_INGRESS);
 		if (v == GO_ON && is_early(p))
 			v = early_from_uplink(p);
@@ -312,5 +305,5 @@ static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
 			return v;
 	}
 	v = arrive(p, l3);
-	return p->h.fragment == FRAGMENT_FIRST ? first_from_uplink(p, v) : v;
+	return p->h.fragment == FRAGMENT_FIRST ? fragment_end(p, v, HOOK_INGRESS) : v;
 }
