@@ -159,7 +159,7 @@ func TestFragmentsForgotten(t *testing.T) {
 		c.passesFrame(f.hook, from[1], to[1])
 		age(second * 3 / 2)
 		c.passesFrame(f.hook, from[2], to[2])
-		age(second * 2)
+		age(second * 5 / 2)
 		c.holds(f.hook, from[3])
 	})
 }
