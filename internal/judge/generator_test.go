@@ -8,26 +8,21 @@ import (
 	"tcnat/internal/lab"
 )
 
-// features are parts of the generator that can be switched on and off.
-type features struct {
-	fragments bool // tcnat drops them so far
-}
-
 // generator writes one script.
 type generator struct {
 	*rand.Rand
 	*script
-	features
-	port uint16 // the first of the conversation's block
+	cuts *rand.Rand // of its own: what a seed has said before fragments came stays so
+	port uint16     // the first of the conversation's block
 }
 
 // newScript writes the script of one conversation; the same seed and number give the same.
-func newScript(seed uint64, number int, on features) *script {
+func newScript(seed uint64, number int) *script {
 	g := &generator{
-		Rand:     rand.New(rand.NewPCG(seed, uint64(number))),
-		script:   &script{number: number, family: lab.IPv4},
-		features: on,
-		port:     uint16(firstPort + number%maxTogether*portBlock),
+		Rand:   rand.New(rand.NewPCG(seed, uint64(number))),
+		cuts:   rand.New(rand.NewPCG(^seed, uint64(number))),
+		script: &script{number: number, family: lab.IPv4},
+		port:   uint16(firstPort + number%maxTogether*portBlock),
 	}
 	if g.IntN(2) == 1 {
 		g.family = lab.IPv6
@@ -225,8 +220,11 @@ func (g *generator) shape() shape {
 	if g.percent(3) {
 		s.padding = 1 + g.IntN(40)
 	}
-	if g.fragments && g.percent(6) {
-		s.fragment, s.df = 8*(3+g.IntN(20)), false
+	if g.cuts.IntN(100) < 6 {
+		s.fragment, s.df = 8*(3+g.cuts.IntN(20)), false
+		if g.cuts.IntN(100) < 40 {
+			s.late = 1 + g.cuts.IntN(4) // no more are held
+		}
 	}
 	return s
 }

@@ -96,7 +96,7 @@ func (j *judge) holdTogether(seed uint64, numbers []int) (findings []*difference
 	trials := map[int]*trial{}
 	steps := 0
 	for _, number := range numbers {
-		c := &trial{script: newScript(seed, number, features{fragments: *fragmentsFlag}), mode: j.mode}
+		c := &trial{script: newScript(seed, number), mode: j.mode}
 		for i, w := range j.worlds {
 			c.views[i] = newView(c.script, w)
 		}
