@@ -99,15 +99,22 @@ enum life {
 struct standing {
 	__u32 id; /* of the flow, the same in both halves */
 	enum life life;
-	__u8 mapped; /* reply half only: the flow holds its endpoint's mapping */
-	__u16 pad;
+	__u8 mapped;  /* reply half only: the flow holds its endpoint's mapping */
+	__u16 uplink; /* enum uplink_bits, of an original half that leaves by one; or 0 */
 } __attribute__((aligned(8)));
+
+/* By which uplink a container's flow leaves, in standing.uplink: see stale.h. */
+enum uplink_bits {
+	UPLINK_INDEX = 0x7fff, /* what uplink_index() makes of its ifindex, never 0 */
+	UPLINK_MASQUERADE = 0x8000,
+};
 
 /* Why a half has no lease, in lease.out; adjacencies have the numbers from there on. */
 enum unleased {
 	UNLEASED = 0,	      /* no packet since it ran out has been seen through */
 	UNLEASED_DEVICE = 1,  /* a device that it would be for may have none */
 	UNLEASED_NO_ROOM = 2, /* no adjacency was free */
+	UNLEASED_CHECKED = 3, /* as UNLEASED, but stale.h has looked at the flow's way */
 	ADJACENCY_FIRST = 16,
 } __attribute__((packed));
 
@@ -495,8 +502,8 @@ enum counter {
 	PORTS_SHARED,
 	LEASES_GRANTED,
 	PACKETS_REDIRECTED,
-	TIMER_RESTARTED,
-	TIMER_FAILED,
+	EXPIRY_OVERDUE,
+	FLOWS_STALE,
 	FRAGMENTS_HELD,
 	FRAGMENTS_RELEASED,
 	COUNTER_COUNT,

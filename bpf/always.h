@@ -9,6 +9,7 @@
 #include "fast.h"
 #include "lease.h"
 #include "open.h"
+#include "stale.h"
 
 static __always_inline bool is_always(const struct packet *p)
 {
@@ -112,6 +113,7 @@ static __noinline enum verdict forward_at_once(struct packet *p, __u32 in)
 	if (!output)
 		return GO_ON;
 	p->uplink = output->ifindex;
+	leave_stale(p);
 	if (!p->half) {
 		/* what fails here fails at to_uplink again, which says why */
 		if (p->h.tuple.proto != IPPROTO_UDP || open_outward(p) != GO_ON)

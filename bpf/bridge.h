@@ -70,6 +70,23 @@ static __noinline enum verdict later_to_host(struct packet *p)
 	return v != GO_ON || (p->half && is_hairpin(p->half)) ? v : PASS;
 }
 
+/* What was turned comes to this hook once more, and on another CPU the rest of a datagram may do so before its
+ * first fragment, which therefore is noted as it is then, too.
+ */
+static __noinline enum verdict first_turned(struct packet *p, __u32 l3)
+{
+	struct plan *plan = plan_get();
+
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	plan->transit = p->h.tuple;
+	if (parse(p, l3) != PARSED)
+		return drop(p, DROP_REWRITE);
+	fragment_note(p->skb, &p->h, HOOK_INGRESS, p->now, FATE_CARRIED);
+	p->h.tuple = plan->transit;
+	return AGAIN;
+}
+
 /* first: see to a flow's first packet, too (--fast-path always). */
 static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3, bool first)
 {
@@ -96,6 +113,10 @@ static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3, b
 		v = fragment_begin(p, HOOK_INGRESS);
 		if (v != GO_ON)
 			return v;
+	} else if (p->h.kind == KIND_ICMP_ERROR) {
+		v = hairpin_error_turn(p);
+		if (v != GO_ON)
+			return v;
 	}
 	find_outward(p);
 	if (first) {
@@ -120,7 +141,11 @@ static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3, b
 		if (v == GO_ON)
 			v = hairpin_turn(p);
 	}
-	return p->h.fragment == FRAGMENT_FIRST ? fragment_end(p, v, HOOK_INGRESS) : v;
+	if (p->h.fragment != FRAGMENT_FIRST)
+		return v;
+	if (v == AGAIN)
+		v = first_turned(p, l3);
+	return fragment_end(p, v, HOOK_INGRESS);
 }
 
 /* Whether a frame's source address is another port's. Dropped here, before the bridge sees it, it
@@ -211,6 +236,25 @@ static __always_inline bool belongs(struct packet *p)
 	return true;
 }
 
+/* Of what the host itself says to containers only ICMP about hairpin packets concerns us. */
+static __noinline enum verdict host_icmp(struct packet *p, __u32 l3)
+{
+	if (is_hairpin_redirect(p, l3))
+		return drop(p, DROP_HAIRPIN_REDIRECT);
+	if (parse(p, l3) != PARSED || p->h.kind != KIND_ICMP_ERROR ||
+	    p->h.fragment != FRAGMENT_NONE)
+		return PASS;
+	return hairpin_error_leave(p) == DROP ? DROP : PASS;
+}
+
+/* What a container sends to another one by the host. GO_ON: it is nothing of a hairpin flow's. */
+static __noinline enum verdict leave_bridge(struct packet *p)
+{
+	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE)
+		return hairpin_error_leave(p);
+	return hairpin_leave(p);
+}
+
 /* What the host forwards to a container. */
 static __always_inline enum verdict enter(struct packet *p)
 {
@@ -218,13 +262,13 @@ static __always_inline enum verdict enter(struct packet *p)
 	enum verdict v;
 
 	if (ifindex == p->skb->ifindex) {
-		v = hairpin_leave(p);
+		v = leave_bridge(p);
 		return v == GO_ON ? PASS : v; /* by the host: a route back */
 	}
 	if (p->h.kind != KIND_OTHER && belongs(p))
 		return PASS;
 	if (is_bridge(ifindex)) {
-		v = hairpin_leave(p);
+		v = leave_bridge(p);
 		if (v != GO_ON)
 			return v;
 		return p->config->flags & CONFIG_NO_ISOLATION ? PASS : drop(p, DROP_ISOLATED);
@@ -243,8 +287,7 @@ static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 	if (is_vlan(p->skb))
 		return PASS;
 	if (!ifindex) /* the host's own */
-		return is_icmp(p, l3) && is_hairpin_redirect(p, l3) ? drop(p, DROP_HAIRPIN_REDIRECT)
-								    : PASS;
+		return is_icmp(p, l3) ? host_icmp(p, l3) : PASS;
 	packet_clock(p);
 	v = parse_inside(p, l3);
 	if (v != GO_ON)

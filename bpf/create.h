@@ -130,6 +130,7 @@ static __always_inline void fill_half(struct plan *plan, enum role role)
 	half->standing.id = plan->entry.id;
 	half->standing.life = original ? LIFE_ORIGINAL : LIFE_LIVE;
 	half->standing.mapped = !original && plan->map;
+	half->standing.uplink = role == ROLE_ORIGINAL ? plan->leaves : 0;
 	half->rule = plan->rule;
 	half->generation = plan->generation;
 	half->seen = plan->now;

@@ -225,7 +225,7 @@ static int expiry_tick(void *map, int *key, struct expiry *e)
 }
 
 /* Arms the timer with this program's code: a timer keeps the program that armed it, so the
- * loader runs this again after each upgrade.
+ * loader runs this after each load and upgrade.
  */
 static __always_inline bool expiry_start(void)
 {
@@ -241,13 +241,14 @@ static __always_inline bool expiry_start(void)
 	       !bpf_timer_start(&e->timer, EXPIRY_BUSY_NS, 0);
 }
 
-/* A new flow sees to it that somebody will end it. */
+/* A new flow tells when nobody will end it. A timer dies with the last user of its map, a pin or a descriptor:
+ * then no program can make it anew (bpf_timer_init refuses), only the loader with new pins.
+ */
 static __always_inline void expiry_watch(void)
 {
 	__u32 zero = 0;
 	struct expiry *e = bpf_map_lookup_elem(&expiry, &zero);
 
-	if (!e || bpf_ktime_get_coarse_ns() < e->last_tick + EXPIRY_OVERDUE_NS)
-		return;
-	count(expiry_start() ? TIMER_RESTARTED : TIMER_FAILED);
+	if (e && bpf_ktime_get_coarse_ns() > e->last_tick + EXPIRY_OVERDUE_NS)
+		count(EXPIRY_OVERDUE);
 }

@@ -115,7 +115,7 @@ static __always_inline bool opens_anew(const struct packet *p, const struct foun
 {
 	struct half *other;
 
-	if (p->h.tuple.proto != IPPROTO_TCP || (p->h.tcp & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+	if (!has_states(p->h.tuple.proto) || (p->h.tcp & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		return false;
 	other = other_half(f->half, f->id);
 	return other && flow_closed(f->half, other);
@@ -155,7 +155,7 @@ static __always_inline void half_see(const struct packet *p, struct half *half)
 	__u8 tcp;
 
 	half_count(p, half, p->skb->len);
-	if (p->h.tuple.proto != IPPROTO_TCP || p->h.fragment == FRAGMENT_LATER)
+	if (!has_states(p->h.tuple.proto) || p->h.fragment == FRAGMENT_LATER)
 		return;
 	tcp = tcp_see(half->tcp, p->h.tcp);
 	if (tcp != half->tcp)

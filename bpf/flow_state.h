@@ -8,7 +8,7 @@
 
 #include "packet.h"
 
-/* FIN both ways, or RST: a SYN on the tuple, or who needs its port, may take it over. */
+/* FIN both ways, or RST (what that is of SCTP: sctp.h): a SYN on the tuple, or who needs its port, may take it over. */
 static __always_inline bool flow_closed(const struct half *original, const struct half *reply)
 {
 	__u8 both = original->tcp & reply->tcp, any = original->tcp | reply->tcp;
@@ -48,7 +48,7 @@ static __always_inline bool is_well_known(__be16 port)
 static __always_inline enum timeout
 flow_timeout(const struct tuple *key, const struct half *original, const struct half *reply)
 {
-	if (key->proto == IPPROTO_TCP)
+	if (has_states(key->proto))
 		return tcp_timeout(original, reply);
 	if (key->proto != IPPROTO_UDP)
 		return TIMEOUT_ICMP;
@@ -69,6 +69,19 @@ static __always_inline bool rule_current(__u32 rule, __u32 generation)
 	__u32 *current = bpf_map_lookup_elem(&generations, &rule);
 
 	return current && *current == generation;
+}
+
+/* A generation that no rule has makes every packet, and the expiry, take the flow for over. The swap
+ * fails where the memory has become another flow's since the id was read.
+ */
+static __always_inline bool end_half(struct half *half, __u32 id)
+{
+	__u32 generation = *(volatile __u32 *)&half->generation;
+
+	if (*(volatile __u32 *)&half->standing.id != id)
+		return false;
+	return __sync_val_compare_and_swap(&half->generation, generation, GENERATION_ENDED) ==
+	       generation;
 }
 
 /* key is the original half's. Stamps wrap, so only differences count; seen may be newer

@@ -252,7 +252,7 @@ static __always_inline bool is_carried(const struct headers *h)
 {
 	__u8 proto = h->tuple.proto;
 
-	if (proto == IPPROTO_TCP || proto == IPPROTO_UDP)
+	if (has_ports(proto))
 		return true;
 	return h->tuple.family == FAMILY_IPV4 ? proto == IPPROTO_ICMP
 					      : proto == IPPROTO_ICMPV6 || proto == IPPROTO_DSTOPTS;
@@ -304,12 +304,12 @@ static __noinline enum verdict fragment_wait(struct packet *p, __u32 hook, enum 
 /* After a first fragment; v is what became of it. */
 static __noinline enum verdict fragment_end(struct packet *p, enum verdict v, __u32 hook)
 {
-	enum fragment_fate fate = v != PASS ? FATE_REFUSED : p->h.fate ? p->h.fate : FATE_CARRIED;
+	enum fragment_fate fate = v == DROP ? FATE_REFUSED : p->h.fate ? p->h.fate : FATE_CARRIED;
 
 	fragment_note(p->skb, &p->h, hook, p->now, fate);
-	if (v != PASS)
+	if (v == DROP)
 		return v;
-	return fragment_release(p->skb, p->h.l3, hook) ? drop(p, DROP_REWRITE) : PASS;
+	return fragment_release(p->skb, p->h.l3, hook) ? drop(p, DROP_REWRITE) : v;
 }
 
 /* Deletes what has waited in vain. */

@@ -212,7 +212,7 @@ func TestFragmentsBounds(t *testing.T) {
 func TestFragmentsFlood(t *testing.T) {
 	eachFragmented(t, func(c path, f fragmented) {
 		if c.proto != protoUDP {
-			c.Skip("once is enough")
+			return // once is enough
 		}
 		whole := f.in.cut(pieceSize, fragmentID)[0]
 		for i := range uint32(3 * c.Fragments.MaxEntries()) {

@@ -123,7 +123,12 @@ func (d *datapath) holds(h hook, in []byte) {
 // releases expects a first fragment to become want, and to release those that are held, in any order.
 func (d *datapath) releases(h hook, in, want []byte, held [][]byte) {
 	d.Helper()
-	got := d.sentBy(h.skb.Ifindex, len(held), func() { d.passesFrame(h, in, want) })
+	d.releasesAs(unspec, h, in, want, held)
+}
+
+func (d *datapath) releasesAs(verdict uint32, h hook, in, want []byte, held [][]byte) {
+	d.Helper()
+	got := d.sentBy(h.skb.Ifindex, len(held), func() { d.leavesFrame(h, in, want, verdict) })
 	// held without padding, and with the link header of the first
 	var wanted [][]byte
 	for _, frame := range held {
@@ -154,6 +159,12 @@ func (d *datapath) forgetFragments() {
 // each becomes that of want.
 func (d *datapath) ordered(h hook, in, want packet, size int, order []int) {
 	d.Helper()
+	d.orderedAs(unspec, h, in, want, size, order)
+}
+
+// orderedAs is ordered with another verdict on what is not held.
+func (d *datapath) orderedAs(verdict uint32, h hook, in, want packet, size int, order []int) {
+	d.Helper()
 	d.forgetFragments()
 	from, to := in.cut(size, fragmentID), want.cut(size, fragmentID)
 	var held []int
@@ -164,15 +175,15 @@ func (d *datapath) ordered(h hook, in, want packet, size int, order []int) {
 			for _, n := range held {
 				waiting = append(waiting, from[n])
 			}
-			d.releases(h, from[0], to[0], waiting)
+			d.releasesAs(verdict, h, from[0], to[0], waiting)
 			for _, n := range held {
-				d.passesFrame(h, from[n], to[n])
+				d.leavesFrame(h, from[n], to[n], verdict)
 			}
 		case !slices.Contains(order[:i], 0):
 			d.holds(h, from[n])
 			held = append(held, n)
 		default:
-			d.passesFrame(h, from[n], to[n])
+			d.leavesFrame(h, from[n], to[n], verdict)
 		}
 	}
 }

@@ -119,9 +119,35 @@ func (l loop) carryInOrder(from, to resident, sent packet, turned, left, arrives
 	l.Helper()
 	sent = sent.between(from.mac, from.gateway)
 	between := sent.addrs(turned, arrives)
-	l.ordered(fromBridge().on(from.bridge).by(from.bridge), sent, between, pieceSize, order)
+	h := fromBridge().on(from.bridge).by(from.bridge)
+	l.orderedAs(redirect, h, sent, between, pieceSize, order)
+	for _, n := range order { // they come once more
+		piece := between.cut(pieceSize, fragmentID)[n]
+		l.passesFrame(h, piece, piece)
+	}
 	between = between.forwarded().between(to.gateway, to.mac)
 	l.ordered(toBridge().on(to.bridge).by(from.bridge), between, between.addrs(left, arrives), pieceSize, order)
+}
+
+// What the checksum of SCTP changes by depends on the rest: fragments pass where the ports do not change.
+func TestFragmentsSCTP(t *testing.T) {
+	d := load(t, 1024)
+	for _, f := range families {
+		d.each(f.name, func(d *datapath) {
+			d.setRules(ruleSet{snat: []snatRule{{source: f.subnet, masquerade: true}}, dnat: []dnatRule{publish(f, protoSCTP, one(3005), one(80))}})
+			c := d.path(f, sctp).as(f.uplink, 0)
+			c.sends("S", "")
+			c.receives("SA", "")
+			for _, order := range [][]int{{0, 1, 2, 3}, {2, 1, 0, 3}} {
+				c.inOrder(order)
+			}
+			wire, _ := c.in("S", c.payloadFor())
+			pieces := wire.addrs(at(f.world, 50000), at(f.uplink, 3005)).cut(pieceSize, 5)
+			for _, piece := range pieces {
+				d.dropsFrame(fromUplink(), piece, bpf.NATCounterDROP_FRAGMENT)
+			}
+		})
+	}
 }
 
 // What is the host's own stays so, in whatever order it comes and however much of it.

@@ -205,7 +205,7 @@ func TestGuards(t *testing.T) {
 func TestPresenter(t *testing.T) {
 	d := load(t, 64)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, echo} {
+		for _, p := range []protocol{tcp, udp, sctp, echo} {
 			d.each(f.name+"/"+p.name, func(d *datapath) {
 				c := translated[0].open(d, f, p)
 				before := d.allHalves()

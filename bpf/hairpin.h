@@ -13,6 +13,11 @@
  * has it, where H is one. The host sends the packet out by the bridge itself, so no port
  * needs hairpin mode, and bridge filters see nothing special.
  *
+ * With bridge-nf-call-iptables netfilter has seen the packet before from_bridge, as it was then, and does not look
+ * at it again in the host's stack (ip_sabotage_in). So what was turned enters the bridge's device once more, which
+ * makes the stack forget (skb_scrub_packet): conntrack sees transit tuples alone, both directions of one
+ * connection.
+ *
  * Two flows with one transit tuple cannot be told apart at to_bridge: from one port of A to two published
  * ports that lead to one port of C. The second is refused.
  */
@@ -20,6 +25,7 @@
 
 #include "create.h"
 #include "flow.h"
+#include "icmp.h"
 #include "open.h"
 
 static __always_inline bool is_hairpin(const struct half *half)
@@ -33,6 +39,7 @@ static __always_inline bool is_hairpin(const struct half *half)
 static __noinline enum verdict hairpin_turn(struct packet *p)
 {
 	struct found f;
+	enum verdict v;
 
 	if (!half_find(&p->h.tuple, &f, false) || !half_accepts(f.half, CLASS_BRIDGE, p->bridge))
 		return drop(p, DROP_ENDING);
@@ -45,7 +52,8 @@ static __noinline enum verdict hairpin_turn(struct packet *p)
 	half_see(p, f.half);
 	f.to.src = p->h.tuple.src;
 	f.to.sport = p->h.tuple.sport;
-	return rewrite(p, &f.to);
+	v = rewrite(p, &f.to);
+	return v == PASS ? AGAIN : v;
 }
 
 /* At from_bridge: to an address of the host, of no flow. PASS where it is no published port. */
@@ -58,7 +66,7 @@ static __noinline enum verdict open_hairpin(struct packet *p)
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
-	if (p->h.kind != KIND_FLOW || (t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) ||
+	if (p->h.kind != KIND_FLOW || !has_ports(t->proto) ||
 	    !dnat_find(t, p->bridge, &plan->published))
 		return PASS;
 	/* no route to it looks like an address of the host's own: see route_of() */
@@ -89,6 +97,69 @@ static __noinline enum verdict hairpin_create(struct packet *p)
 	if (v != GO_ON || !plan)
 		return v;
 	return flow_create(p->skb) == CREATED_NOT ? drop(p, plan->reason) : GO_ON;
+}
+
+/* ICMP errors about packets of hairpin flows (RFC 5508 REQ-7, 7a) change in the same two places: at
+ * from_bridge the destination, at to_bridge the source. What they quote is the transit tuple in between, so that
+ * they belong to the flow for conntrack too, and like what the host itself says of such a packet.
+ *
+ * GO_ON: the error is about none.
+ */
+static __noinline enum verdict hairpin_error_turn(struct packet *p)
+{
+	struct plan *plan = plan_get();
+	struct quote *q;
+	struct found f;
+
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	q = &plan->quote;
+	if (!quote_find(p, q, &f) || !is_hairpin(f.half) ||
+	    !half_accepts(f.half, CLASS_BRIDGE, p->bridge) || !bridge_of(&f.to.dst))
+		return GO_ON;
+	/* as everywhere, a container speaks of what was sent to itself, and to who sent it */
+	if (!addr_equal(&p->h.tuple.src, &q->h.tuple.dst) ||
+	    !addr_equal(&p->h.tuple.dst, &q->h.tuple.src))
+		return drop(p, DROP_ICMP_UNRELATED);
+	if (f.half->role == ROLE_TRANSIT)
+		return PASS; /* turned already */
+	f.to.src = q->h.tuple.dst;
+	f.to.sport = q->h.tuple.dport;
+	if (rewrite_quote(p, q, &f.to) || rewrite_addrs(p, &p->h.tuple.src, &f.to.dst))
+		return drop(p, DROP_REWRITE);
+	return AGAIN;
+}
+
+/* At to_bridge, from a container or from the host itself: the quote becomes what the container that gets the error
+ * had sent. GO_ON: it is about no hairpin flow.
+ */
+static __noinline enum verdict hairpin_error_leave(struct packet *p)
+{
+	struct plan *plan = plan_get();
+	const struct addr *from;
+	struct half *back;
+	struct tuple *key;
+	struct quote *q;
+	struct found f;
+
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	q = &plan->quote;
+	key = &plan->transit;
+	if (parse_quoted(p, &q->h) != PARSED || q->h.kind != KIND_FLOW ||
+	    !addr_equal(&p->h.tuple.dst, &q->h.tuple.src) || !half_find(&q->h.tuple, &f, true) ||
+	    f.half->role != ROLE_TRANSIT || !half_accepts(f.half, CLASS_BRIDGE, p->skb->ifindex))
+		return GO_ON;
+	tuple_invert(key, &f.to);
+	back = bpf_map_lookup_elem(&flows, key);
+	if (!back || back->standing.id != f.id)
+		return GO_ON;
+	tuple_invert(key, &back->other);
+	/* who got the packet is known by another address to who sent it */
+	from = addr_equal(&p->h.tuple.src, &q->h.tuple.dst) ? &key->src : &p->h.tuple.src;
+	if (rewrite_quote(p, q, key) || rewrite_addrs(p, from, &p->h.tuple.dst))
+		return drop(p, DROP_REWRITE);
+	return PASS;
 }
 
 /* At to_bridge: the second half of the way. GO_ON when the packet is of no hairpin flow. */

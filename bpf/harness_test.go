@@ -276,12 +276,24 @@ func (d *datapath) untouched(h hook, in packet) {
 	d.passes(h, in, in)
 }
 
+// turns expects the program to send the packet into the same device once more as want, and to pass it on then.
+func (d *datapath) turns(h hook, in, want packet) {
+	d.Helper()
+	d.leavesFrame(h, in.frame(), want.frame(), redirect)
+	d.untouched(h, want)
+}
+
 func (d *datapath) passesFrame(h hook, in, want []byte) {
+	d.Helper()
+	d.leavesFrame(h, in, want, unspec)
+}
+
+func (d *datapath) leavesFrame(h hook, in, want []byte, wantVerdict uint32) {
 	d.Helper()
 	before := d.counts()
 	verdict, out := d.run(h, in)
-	if verdict != unspec {
-		d.Fatalf("%s: verdict %d (counted: %s), want it passed on\nin:\n%s", h.program, int32(verdict), d.counts().since(before), describe(in))
+	if verdict != wantVerdict {
+		d.Fatalf("%s: verdict %d (counted: %s), want %d\nin:\n%s", h.program, int32(verdict), d.counts().since(before), int32(wantVerdict), describe(in))
 	}
 	if !bytes.Equal(want, out) {
 		d.Fatalf("%s: packet differs (-want +got; counted: %s):\n%s",

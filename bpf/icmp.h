@@ -53,6 +53,30 @@ static __always_inline __be16 checksum_add(__be16 checksum, __s64 diff)
 	return ~(__u16)sum;
 }
 
+/* SCTP's checksum, by the length that the quoted packet had, whatever of it is quoted. */
+static __always_inline long quote_sctp(struct packet *p, struct quote *q, __u32 change)
+{
+	const __u32 at = q->h.l4 + offsetof(struct sctp_header, checksum), l3 = q->h.l3;
+	bool v4 = q->h.tuple.family == FAMILY_IPV4;
+	__u32 check, changed, length;
+	__be16 total;
+	long err;
+
+	if (at + sizeof(check) > q->h.end || bpf_skb_load_bytes(p->skb, at, &check, sizeof(check)))
+		return 0; /* cut before its end */
+	if (!check)
+		return 0; /* left to a device */
+	err = bpf_skb_load_bytes(p->skb,
+				 l3 + (v4 ? offsetof(struct iphdr, tot_len)
+					  : offsetof(struct ipv6hdr, payload_len)),
+				 &total, sizeof(total));
+	length = bpf_ntohs(total) + (v4 ? 0 : sizeof(struct ipv6hdr)) - (q->h.l4 - l3);
+	changed = sctp_checksum(check, change, length);
+	err |= bpf_skb_store_bytes(p->skb, at, &changed, sizeof(changed), 0);
+	q->diff = bpf_csum_diff((__be32 *)&check, 4, (__be32 *)&changed, 4, q->diff);
+	return err;
+}
+
 static __always_inline long quote_transport(struct packet *p, struct quote *q,
 					    const struct tuple *leaves)
 {
@@ -73,6 +97,8 @@ static __always_inline long quote_transport(struct packet *p, struct quote *q,
 	err = bpf_skb_store_bytes(p->skb, q->h.l4 + (echo ? 4 : 0), new, echo ? 2 : 4, 0);
 	q->diff = bpf_csum_diff((__be32 *)old, 4, (__be32 *)new, 4, q->diff);
 
+	if (from->proto == IPPROTO_SCTP)
+		return err | quote_sctp(p, q, *(__u32 *)old ^ *(__u32 *)new);
 	if (at + 2 > q->h.end || bpf_skb_load_bytes(p->skb, at, check, 2) < 0)
 		return err; /* cut before it */
 	if (from->proto == IPPROTO_UDP && !check[0])

@@ -70,9 +70,13 @@ func (c path) error(m icmpError, src, dst netip.Addr, q packet, quoted int) pack
 // keepHalfChecksum: a quote that ends inside the transport checksum has it as it was, since
 // half of one cannot be made right.
 func keepHalfChecksum(before packet, after *packet) {
-	if before.quoteLen == before.quote.checksumAt()+1 {
+	size := 2
+	if before.quote.proto == protoSCTP {
+		size = 4
+	}
+	if part := before.quoteLen - before.quote.checksumAt(); part > 0 && part < size {
 		q := before.quoted()
-		after.quoteTail = q[len(q)-1:]
+		after.quoteTail = q[len(q)-part:]
 	}
 }
 
@@ -178,7 +182,7 @@ func (c path) clash(published uint16) path {
 func TestICMPErrors(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, udpZero, echo} {
+		for _, p := range []protocol{tcp, udp, udpZero, sctp, sctpZero, echo} {
 			for _, tr := range translated {
 				if p.name == echo.name && (tr.name == "dnat" || tr.name == "dnat-client-port-moved") {
 					continue

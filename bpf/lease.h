@@ -82,16 +82,18 @@ static __always_inline bool is_redirected(const struct packet *p)
 
 /* Packets that may take the fast path: all else goes the long way, and grants nothing. Those that
  * begin or end a connection, since their flow's state and the host's firewall care; options,
- * extension headers and fragments, since the stack looks at them.
+ * extension headers and fragments, since the stack looks at them. SCTP, whose checksum takes longer
+ * than the stack.
  */
 static __always_inline bool is_plain(const struct headers *h)
 {
 	__u32 header = h->tuple.family == FAMILY_IPV4 ? sizeof(struct iphdr)
 						      : sizeof(struct ipv6hdr);
 
-	return h->kind == KIND_FLOW && h->tuple.proto != IPPROTO_ICMP &&
-	       h->tuple.proto != IPPROTO_ICMPV6 && h->fragment == FRAGMENT_NONE &&
-	       h->l4 - h->l3 == header && !(h->tcp & (TCP_SYN | TCP_FIN | TCP_RST));
+	return h->kind == KIND_FLOW &&
+	       (h->tuple.proto == IPPROTO_TCP || h->tuple.proto == IPPROTO_UDP) &&
+	       h->fragment == FRAGMENT_NONE && h->l4 - h->l3 == header &&
+	       !(h->tcp & (TCP_SYN | TCP_FIN | TCP_RST));
 }
 
 static __always_inline bool is_slow_device(const struct device *device)
@@ -241,8 +243,8 @@ static __always_inline void lease_outward(const struct packet *p, const struct f
 	struct lease lease = lease_of(f->half);
 	__u32 out = lease.in;
 
-	if (!p->config->fast_path || !is_plain(&p->h) || !lease.in || lease.out ||
-	    !lease_is_fresh(p, lease))
+	if (!p->config->fast_path || !is_plain(&p->h) || !lease.in ||
+	    (lease.out != UNLEASED && lease.out != UNLEASED_CHECKED) || !lease_is_fresh(p, lease))
 		return;
 	if (lease.in >= ADJACENCY_FIRST)
 		out = lease_output(p, p->skb->ingress_ifindex);

@@ -133,7 +133,7 @@ func sourceAddr(f family, frame []byte) netip.Addr {
 func TestOutgoing(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, udpZero, echo} {
+		for _, p := range []protocol{tcp, udp, udpZero, sctp, sctpZero, echo} {
 			for _, o := range outgoings {
 				d.each(f.name+"/"+p.name+"/"+o.name, func(d *datapath) {
 					d.configure(o.configure)
@@ -157,7 +157,7 @@ func (c path) live(inbound bool, want wantFlow) {
 	if inbound {
 		asks, answers = answers, asks
 	}
-	if c.proto != protoTCP {
+	if c.proto != protoTCP && c.proto != protoSCTP {
 		asks("", "question")
 		want.out = 1
 		c.checkFlow(want)
@@ -292,7 +292,7 @@ var incomings = []incoming{
 func TestIncoming(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, udpZero} {
+		for _, p := range []protocol{tcp, udp, udpZero, sctp, sctpZero} {
 			for _, in := range incomings {
 				d.each(f.name+"/"+p.name+"/"+in.name, func(d *datapath) {
 					d.configure(in.configure)

@@ -160,20 +160,7 @@ SEC("tc") int start_expiry(struct __sk_buff *skb)
 	return expiry_start() ? 0 : 1;
 }
 
-/* The swap fails where the memory has become another flow's since the id was read. */
-static __always_inline bool end_half(struct half *half, __u32 id)
-{
-	__u32 generation = *(volatile __u32 *)&half->generation;
-
-	if (*(volatile __u32 *)&half->standing.id != id)
-		return false;
-	return __sync_val_compare_and_swap(&half->generation, generation, GENERATION_ENDED) ==
-	       generation;
-}
-
-/* Run by the loader to end one flow at once: 0 ended, 1 not there. A generation that no rule
- * has makes every packet, and the expiry, take the flow for over.
- */
+/* Run by the loader to end one flow at once: 0 ended, 1 not there. */
 SEC("syscall") int end_flow(struct expiry_entry *which)
 {
 	struct tuple key = which->claim;
@@ -200,6 +187,7 @@ SEC("syscall") int abi(void *context)
 	EMIT(enum rules_word);
 	EMIT(enum dnat_kind);
 	EMIT(enum mapping_bits);
+	EMIT(enum uplink_bits);
 	return ABI_VERSION;
 }
 

@@ -125,8 +125,8 @@ const (
 	NATCounterPORTS_SHARED          NATCounter = 33
 	NATCounterLEASES_GRANTED        NATCounter = 34
 	NATCounterPACKETS_REDIRECTED    NATCounter = 35
-	NATCounterTIMER_RESTARTED       NATCounter = 36
-	NATCounterTIMER_FAILED          NATCounter = 37
+	NATCounterEXPIRY_OVERDUE        NATCounter = 36
+	NATCounterFLOWS_STALE           NATCounter = 37
 	NATCounterFRAGMENTS_HELD        NATCounter = 38
 	NATCounterFRAGMENTS_RELEASED    NATCounter = 39
 	NATCounterCOUNTER_COUNT         NATCounter = 40
@@ -299,7 +299,7 @@ type NATHalf struct {
 		Id     uint32
 		Life   NATLife
 		Mapped uint8
-		Pad    uint16
+		Uplink uint16
 	}
 	Lease struct {
 		_     structs.HostLayout
@@ -360,6 +360,12 @@ const (
 	NATLifeLIFE_ORIGINAL        NATLife = 4
 	NATLifeLIFE_ORIGINAL_ENDING NATLife = 5
 )
+
+type NATLocal struct {
+	_     structs.HostLayout
+	Addr  NATAddr
+	Stamp uint32
+}
 
 type NATMapping struct {
 	_           structs.HostLayout
@@ -456,9 +462,10 @@ type NATPlan struct {
 	Tcp             uint8
 	Reversed        uint8
 	Pad             uint8
+	Leaves          uint16
+	Pad2            uint16
 	Packets         uint32
 	Bytes           uint32
-	_               [4]byte
 	Lease           struct {
 		_     structs.HostLayout
 		Out   uint16
@@ -603,7 +610,15 @@ const (
 	NATUnleasedUNLEASED         NATUnleased = 0
 	NATUnleasedUNLEASED_DEVICE  NATUnleased = 1
 	NATUnleasedUNLEASED_NO_ROOM NATUnleased = 2
+	NATUnleasedUNLEASED_CHECKED NATUnleased = 3
 	NATUnleasedADJACENCY_FIRST  NATUnleased = 16
+)
+
+type NATUplinkBits uint32
+
+const (
+	NATUplinkBitsUPLINK_INDEX      NATUplinkBits = 32767
+	NATUplinkBitsUPLINK_MASQUERADE NATUplinkBits = 32768
 )
 
 // Names of all BPF objects in the ELF.
@@ -626,6 +641,7 @@ const (
 	NATMapHeldFragments      = "held_fragments"
 	NATMapHostAddresses      = "host_addresses"
 	NATMapHostPeers          = "host_peers"
+	NATMapLocals             = "locals"
 	NATMapMappings           = "mappings"
 	NATMapMovedPorts         = "moved_ports"
 	NATMapNoDnatPorts        = "no_dnat_ports"
@@ -751,6 +767,7 @@ type NATMapSpecs struct {
 	HeldFragments     *ebpf.MapSpec `ebpf:"held_fragments"`
 	HostAddresses     *ebpf.MapSpec `ebpf:"host_addresses"`
 	HostPeers         *ebpf.MapSpec `ebpf:"host_peers"`
+	Locals            *ebpf.MapSpec `ebpf:"locals"`
 	Mappings          *ebpf.MapSpec `ebpf:"mappings"`
 	MovedPorts        *ebpf.MapSpec `ebpf:"moved_ports"`
 	NoDnatPorts       *ebpf.MapSpec `ebpf:"no_dnat_ports"`
@@ -812,6 +829,7 @@ type NATMaps struct {
 	HeldFragments     *ebpf.Map `ebpf:"held_fragments"`
 	HostAddresses     *ebpf.Map `ebpf:"host_addresses"`
 	HostPeers         *ebpf.Map `ebpf:"host_peers"`
+	Locals            *ebpf.Map `ebpf:"locals"`
 	Mappings          *ebpf.Map `ebpf:"mappings"`
 	MovedPorts        *ebpf.Map `ebpf:"moved_ports"`
 	NoDnatPorts       *ebpf.Map `ebpf:"no_dnat_ports"`
@@ -849,6 +867,7 @@ func (m *NATMaps) Close() error {
 		m.HeldFragments,
 		m.HostAddresses,
 		m.HostPeers,
+		m.Locals,
 		m.Mappings,
 		m.MovedPorts,
 		m.NoDnatPorts,

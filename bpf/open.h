@@ -46,6 +46,7 @@ static __noinline enum verdict open_outward(struct packet *p)
 	plan->original_ifindex = p->bridge;
 	plan->reply_class = CLASS_UPLINK;
 	plan->reply_ifindex = 0;
+	plan->leaves = uplink_index(p->uplink);
 	rule = snat_find(p->config, &t->src, p->uplink);
 	if (!rule && !(p->config->flags & CONFIG_ROUTED))
 		return drop(p, DROP_NO_RULE);
@@ -58,12 +59,13 @@ static __noinline enum verdict open_outward(struct packet *p)
 	plan->rule = rule->id;
 	plan->generation = rule->generation;
 	if (rule->flags & SNAT_MASQUERADE) {
+		plan->leaves |= UPLINK_MASQUERADE;
 		if (!masquerade_address(p, &plan->entry.claim.dst))
 			return drop(p, DROP_NO_ADDRESS);
 	} else {
 		fixed_address(p, rule, &plan->entry.claim.dst);
 	}
-	if (rule->port_first && t->proto != IPPROTO_ICMP && t->proto != IPPROTO_ICMPV6) {
+	if (rule->port_first && has_ports(t->proto)) {
 		plan->first = rule->port_first;
 		plan->last = rule->port_last;
 	} else {
@@ -77,7 +79,7 @@ static __always_inline bool is_published(struct packet *p, struct dnat_match *m)
 	const struct tuple *t = &p->h.tuple;
 	__u32 ifindex;
 
-	if ((t->proto != IPPROTO_TCP && t->proto != IPPROTO_UDP) || !dnat_find(t, p->uplink, m))
+	if (!has_ports(t->proto) || !dnat_find(t, p->uplink, m))
 		return false;
 	return !m->any || route_of(p, &ifindex) == ROUTE_LOCAL;
 }
@@ -94,7 +96,7 @@ static __always_inline enum verdict open_published(struct packet *p, struct plan
 	enum socket_kind owner = hairpin && t->proto == IPPROTO_UDP ? SOCKET_ANY : SOCKET_CONNECTED;
 	__u32 bridge;
 
-	if (p->h.tcp & TCP_RST)
+	if (is_stray(&p->h))
 		return PASS;
 	bridge = bridge_of(&rule->to);
 	if (!bridge)

@@ -5,6 +5,7 @@
 #include <stdbool.h>
 
 #include <linux/bpf.h>
+#include <linux/in.h>
 #include <linux/pkt_cls.h>
 
 #include <bpf/bpf_endian.h>
@@ -19,10 +20,11 @@ enum verdict {
 	PASS,	  /* hand it on, translated or not */
 	DROP,	  /* packet->reason says why */
 	REDIRECT, /* to packet->output */
+	AGAIN,	  /* into this hook's device once more, as if it had come just now */
 };
 
 enum packet_kind {
-	KIND_FLOW,	 /* TCP, UDP, ICMP echo: the tuple is complete */
+	KIND_FLOW,	 /* TCP, UDP, SCTP, ICMP echo: the tuple is complete */
 	KIND_ICMP_ERROR, /* quotes a packet of a flow */
 	KIND_OTHER,	 /* a protocol without ports, another ICMP message */
 };
@@ -41,7 +43,7 @@ struct headers {
 	__u32 end;     /* offset behind the packet */
 	__u8 kind;     /* enum packet_kind */
 	__u8 fragment; /* enum fragment */
-	__u8 tcp;      /* flags byte of the TCP header */
+	__u8 tcp;      /* flags byte of the TCP header, or what is like it in SCTP: sctp.h */
 	__u8 icmp;     /* type of the ICMP message */
 	__u8 tos;      /* of IPv4 */
 	__u8 part; /* of a fragment: where its part of the datagram begins, in 4 bytes from l3 */
@@ -76,6 +78,17 @@ struct packet {
 #define TCP_RST 0x04
 #define TCP_ACK 0x10
 
+static __always_inline bool has_ports(__u8 proto)
+{
+	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP;
+}
+
+/* Whether the protocol has connections, whose states tcp_seen tells. */
+static __always_inline bool has_states(__u8 proto)
+{
+	return proto == IPPROTO_TCP || proto == IPPROTO_SCTP;
+}
+
 static __always_inline void count(enum counter which)
 {
 	__u32 key = which;
@@ -105,6 +118,8 @@ static __always_inline int finish(struct packet *p, enum verdict v)
 		if (p->output->flags & ADJACENCY_PEER)
 			return bpf_redirect_peer(p->output->ifindex, 0);
 		return bpf_redirect(p->output->ifindex, 0);
+	case AGAIN:
+		return bpf_redirect(p->skb->ifindex, BPF_F_INGRESS);
 	default:
 		return TC_ACT_UNSPEC;
 	}

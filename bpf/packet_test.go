@@ -17,6 +17,7 @@ const (
 	protoTCP    = 6
 	protoUDP    = 17
 	protoICMPv6 = 58
+	protoSCTP   = 132
 
 	nextHopByHop    = 0
 	nextRouting     = 43
@@ -37,8 +38,9 @@ type packet struct {
 	proto    uint8
 	ttl      uint8 // 0: 64
 
-	tcp        string // letters of SAFRP
-	noChecksum bool   // UDP checksum 0
+	tcp        string // letters of SAFRP; of SCTP the chunk that means the same, or "chunks"
+	noChecksum bool   // UDP or SCTP checksum 0
+	sctpTag    uint32 // with the flags "chunks"
 
 	icmpType, icmpCode uint8
 	icmpRest           uint32  // second word of the ICMP header, when it is not an echo
@@ -225,6 +227,8 @@ func (p packet) transport(ip gopacket.NetworkLayer) []byte {
 			Id:       binary.BigEndian.Uint16(payload), Seq: binary.BigEndian.Uint16(payload[2:]),
 		}
 		payload, layer = payload[4:], icmp
+	case protoSCTP:
+		return p.sctp()
 	default:
 		return payload
 	}
@@ -277,6 +281,8 @@ func (p packet) checksumAt() int {
 		return p.headerLen() + 16
 	case protoUDP:
 		return p.headerLen() + 6
+	case protoSCTP:
+		return p.headerLen() + 8
 	}
 	return p.headerLen() + 2
 }

@@ -13,6 +13,7 @@
 #include <linux/tcp.h>
 
 #include "packet.h"
+#include "sctp.h"
 #include "tuple.h"
 
 /* linux/icmp.h would bring in the C library. */
@@ -59,7 +60,7 @@ static __always_inline enum parsed parse_transport(struct __sk_buff *skb, struct
 	if (h->fragment == FRAGMENT_LATER)
 		return PARSED;
 
-	if (t->proto == IPPROTO_TCP || t->proto == IPPROTO_UDP) {
+	if (has_ports(t->proto)) {
 		struct {
 			__be16 sport;
 			__be16 dport;
@@ -75,6 +76,12 @@ static __always_inline enum parsed parse_transport(struct __sk_buff *skb, struct
 			return PARSED;
 		if (t->proto == IPPROTO_UDP)
 			return h->l4 + 8 > h->end ? PARSED_MALFORMED : PARSED;
+		if (t->proto == IPPROTO_SCTP) {
+			int flags = sctp_flags(skb, h->l4, h->end);
+
+			h->tcp = flags;
+			return flags < 0 ? PARSED_MALFORMED : PARSED;
+		}
 
 		/* doff and the flags are bytes 12 and 13 */
 		__u8 bits[2];

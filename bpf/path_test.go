@@ -168,7 +168,10 @@ var (
 	tcp     = protocol{"tcp", fixedProto(protoTCP), false}
 	udp     = protocol{"udp", fixedProto(protoUDP), false}
 	udpZero = protocol{"udp-checksum-0", fixedProto(protoUDP), true}
-	echo    = protocol{"echo", func(f family) uint8 { return f.icmp }, false}
+	sctp    = protocol{"sctp", fixedProto(protoSCTP), false}
+	// what a container's socket sends: the checksum is left to a device
+	sctpZero = protocol{"sctp-checksum-0", fixedProto(protoSCTP), true}
+	echo     = protocol{"echo", func(f family) uint8 { return f.icmp }, false}
 )
 
 // path answers a path from the first container to the world, for which the wire is not

@@ -44,6 +44,8 @@ struct plan {
 	__u8 tcp;      /* what the first packet shows */
 	__u8 reversed; /* replaced is a flow that the other side had begun */
 	__u8 pad;
+	__u16 leaves; /* standing.uplink of the original half */
+	__u16 pad2;
 	__u32 packets; /* it is, and how long; 0: it is counted later */
 	__u32 bytes;
 	struct lease lease;	   /* of the original half, from the beginning */
@@ -69,6 +71,11 @@ static __always_inline struct plan *plan_get(void)
 	return bpf_map_lookup_elem(&plans, &zero);
 }
 
+static __always_inline __u16 uplink_index(__u32 ifindex)
+{
+	return ifindex % UPLINK_INDEX + 1;
+}
+
 static __always_inline void plan_begin(const struct packet *p, struct plan *plan)
 {
 	plan->original = p->h.tuple;
@@ -81,6 +88,7 @@ static __always_inline void plan_begin(const struct packet *p, struct plan *plan
 	plan->outside = false;
 	plan->takeover = false;
 	plan->reversed = false;
+	plan->leaves = 0;
 	plan->queued = false;
 	plan->absent = p->absent;
 	plan->packets = 0;
@@ -99,7 +107,7 @@ static __always_inline void plan_ports(struct plan *plan)
 {
 	__u16 wanted = bpf_ntohs(plan->original.sport);
 
-	if (plan->original.proto != IPPROTO_TCP && plan->original.proto != IPPROTO_UDP) {
+	if (!has_ports(plan->original.proto)) {
 		plan->first = 0;
 		plan->last = 65535;
 	} else if (wanted < 512) {

@@ -107,7 +107,7 @@ __noinline bool port_is_used(struct __sk_buff *skb)
 		return true;
 	claim = &plan->entry.claim;
 	m = &plan->published;
-	if (claim->proto != IPPROTO_TCP && claim->proto != IPPROTO_UDP)
+	if (!has_ports(claim->proto))
 		return false;
 	if (dnat_find(claim, plan->uplink, m) &&
 	    !(addr_equal(&m->rule.to, &plan->original.src) &&

@@ -31,7 +31,7 @@ func (f family) third() netip.Addr { return f.other.Next() }
 func TestPortClash(t *testing.T) {
 	d := load(t, 64)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, udpZero, echo} {
+		for _, p := range []protocol{tcp, udp, udpZero, sctp, sctpZero, echo} {
 			d.each(f.name+"/"+p.name, func(d *datapath) {
 				masquerade(d, f)
 				a := d.path(f, p).as(f.uplink, 0)
@@ -64,7 +64,7 @@ func TestPortClass(t *testing.T) {
 	for _, f := range families {
 		for _, class := range []portRange{{1, 511}, {512, 1023}, {1024, 65535}} {
 			for _, port := range []uint16{class.first, class.last} {
-				for _, p := range []protocol{tcp, udp} {
+				for _, p := range []protocol{tcp, udp, sctp} {
 					d.each(f.name+"/"+p.name, func(d *datapath) {
 						masquerade(d, f)
 						c := d.path(f, p).as(f.uplink, 0)
@@ -204,7 +204,7 @@ func (f family) abi() bpf.NATFamily {
 func TestPortRangeExhausted(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp} {
+		for _, p := range []protocol{tcp, udp, sctp} {
 			for _, size := range []uint16{1, 2, 7, 64} {
 				d.each(f.name+"/"+p.name, func(d *datapath) {
 					d.setRules(ruleSet{snat: []snatRule{{source: f.subnet, first: f.second, last: f.second, ports: portRange{65535 - size + 1, 65535}}}})
@@ -270,7 +270,7 @@ func TestPortOfHost(t *testing.T) {
 func TestPortOfPublished(t *testing.T) {
 	d := load(t, 64)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp} {
+		for _, p := range []protocol{tcp, udp, sctp} {
 			rules := ruleSet{
 				snat: []snatRule{{source: f.subnet, masquerade: true}},
 				dnat: []dnatRule{publish(f, p.number(f), one(5000), one(5000)), publish(f, p.number(f), portRange{6000, 6099}, portRange{7000, 7099})},
@@ -300,7 +300,7 @@ func TestPortOfPublished(t *testing.T) {
 func TestClientPortClash(t *testing.T) {
 	d := load(t, 64)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, udpZero} {
+		for _, p := range []protocol{tcp, udp, udpZero, sctp, sctpZero} {
 			d.each(f.name+"/"+p.name, func(d *datapath) {
 				moved := translated[2].open(d, f, p)
 				first := moved
@@ -362,7 +362,7 @@ func TestPaired(t *testing.T) {
 func TestTableFull(t *testing.T) {
 	d := load(t, 8)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp} {
+		for _, p := range []protocol{tcp, udp, sctp} {
 			d.each(f.name+"/"+p.name, func(d *datapath) {
 				masquerade(d, f)
 				c := d.path(f, p).as(f.uplink, 0)

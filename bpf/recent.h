@@ -52,11 +52,26 @@ struct {
 	__type(value, struct output);
 } outputs SEC(".maps");
 
+static __always_inline struct source *source_slot(const struct tuple *t)
+{
+	__u32 slot = (addr_hash(&t->dst, addr_hash(&t->src, 0)) >> 32) % RECENT;
+
+	return bpf_map_lookup_elem(&sources, &slot);
+}
+
+/* The host has lost the address: the flow that begins now must not get it again. */
+static __always_inline void forget_source(const struct packet *p)
+{
+	struct source *s = source_slot(&p->h.tuple);
+
+	if (s)
+		s->uplink = 0;
+}
+
 static __always_inline bool masquerade_address(const struct packet *p, struct addr *to)
 {
 	const struct tuple *t = &p->h.tuple;
-	__u32 slot = (addr_hash(&t->dst, addr_hash(&t->src, 0)) >> 32) % RECENT;
-	struct source *s = bpf_map_lookup_elem(&sources, &slot);
+	struct source *s = source_slot(t);
 
 	if (s && s->uplink == p->uplink && is_within(p->now, s->stamp, RECENT_STAMPS) &&
 	    addr_equal(&s->src, &t->src) && addr_equal(&s->dst, &t->dst)) {

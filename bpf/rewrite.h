@@ -15,9 +15,10 @@
 #include <stddef.h>
 
 #include "packet.h"
+#include "sctp.h"
 #include "tuple.h"
 
-/* Offset of the transport checksum, or 0 for a protocol without one that we know. */
+/* Offset of the transport checksum that is a sum, as SCTP's is not; 0: there is none. */
 static __always_inline __u32 checksum_offset(const struct tuple *t)
 {
 	switch (t->proto) {
@@ -110,13 +111,16 @@ static __always_inline long rewrite_ports(struct packet *p, const struct tuple *
 
 	if (from->sport == to->sport && from->dport == to->dport)
 		return 0;
-	if (from->proto == IPPROTO_TCP || from->proto == IPPROTO_UDP) {
+	if (has_ports(from->proto)) {
 		struct {
 			__be16 sport;
 			__be16 dport;
 		} old = {from->sport, from->dport}, new = {to->sport, to->dport};
 		__u64 flags = 0, store = 0;
 
+		if (from->proto == IPPROTO_SCTP)
+			return sctp_rewrite_ports(skb, p->h.l4, p->h.end - p->h.l4, *(__be32 *)&old,
+						  *(__be32 *)&new);
 		if (from->proto == IPPROTO_UDP) {
 			__be16 sum = 0;
 
@@ -142,8 +146,14 @@ static __always_inline long rewrite_ports(struct packet *p, const struct tuple *
 /* Gives the packet another tuple; a later fragment has no ports. After a failed write nobody knows what it looks like. */
 static __noinline enum verdict rewrite(struct packet *p, const struct tuple *to)
 {
+	const struct headers *h = &p->h;
+
+	/* what a CRC changes by depends on the bytes that are not here */
+	if (h->tuple.proto == IPPROTO_SCTP && h->fragment != FRAGMENT_NONE &&
+	    (h->tuple.sport != to->sport || h->tuple.dport != to->dport))
+		return drop(p, DROP_FRAGMENT);
 	if (rewrite_addrs(p, &to->src, &to->dst) ||
-	    (p->h.fragment != FRAGMENT_LATER && rewrite_ports(p, to)))
+	    (h->fragment != FRAGMENT_LATER && rewrite_ports(p, to)))
 		return drop(p, DROP_REWRITE);
 	return PASS;
 }

@@ -28,8 +28,7 @@ static __always_inline long fib_lookup(const struct packet *p, const struct addr
 	fib->tot_len = length;
 	fib->l4_protocol = t->proto;
 	/* the kernel does not look for ports in fragments */
-	if ((t->proto == IPPROTO_TCP || t->proto == IPPROTO_UDP) &&
-	    p->h.fragment == FRAGMENT_NONE) {
+	if (has_ports(t->proto) && p->h.fragment == FRAGMENT_NONE) {
 		fib->sport = t->sport;
 		fib->dport = t->dport;
 	}
@@ -92,9 +91,24 @@ static __noinline enum route route_of(const struct packet *p, __u32 *ifindex)
 	}
 }
 
+/* Whether the host still has an address that it had. fib is scratch. The answer for a local one is
+ * "not forwarded", and so it is, on a host without a default route, where no route leads to it: then
+ * it counts as there.
+ */
+static __always_inline bool is_local(const struct packet *p, const struct addr *addr,
+				     struct bpf_fib_lookup *fib)
+{
+	long result = fib_lookup(p, &p->h.tuple.dst, addr, p->uplink, 0, fib, 0);
+
+	if (result == BPF_FIB_LKUP_RET_FWD_DISABLED) /* as in route_of() */
+		result = fib_lookup(p, &p->h.tuple.dst, addr, LOOPBACK_IFINDEX, 0, fib, 0);
+	return result < 0 || result == BPF_FIB_LKUP_RET_NOT_FWDED ||
+	       result == BPF_FIB_LKUP_RET_FWD_DISABLED;
+}
+
 /* The address that the host itself would use towards dst by the device (masquerade). The
  * kernel's own choice where it tells (6.7), so that new flows follow a changed address with no
- * process to notice it; before that the table that attach made.
+ * process to notice it; before that the table that attach made, as long as the host has the address.
  */
 static __noinline bool source_address(const struct packet *p, __u32 ifindex, struct addr *to)
 {
@@ -122,7 +136,7 @@ static __noinline bool source_address(const struct packet *p, __u32 ifindex, str
 	if (!address)
 		return false;
 	*to = *address;
-	return true;
+	return is_local(p, to, &fib);
 }
 
 /* Whether the neighbour table knows another MAC for the packet's source than the frame has. */
@@ -148,7 +162,7 @@ enum socket_kind {
 };
 
 /* Whether a packet with this tuple is for a socket of the host's own. bpf_skc_lookup_tcp finds
- * connections in TIME_WAIT and half-open ones, too.
+ * connections in TIME_WAIT and half-open ones, too. For SCTP there is no such helper.
  */
 static __always_inline bool host_has_socket(struct __sk_buff *skb, const struct tuple *t,
 					    enum socket_kind kind)

@@ -58,14 +58,14 @@ static __always_inline const struct dnat_rule *dnat_lookup(__u64 rules, const st
 }
 
 /* The rule that publishes the tuple's destination on a device. */
-static __noinline bool dnat_find(const struct tuple *t, __u32 ifindex, struct dnat_match *m)
+__noinline bool dnat_find(const struct tuple *t, __u32 ifindex, struct dnat_match *m)
 {
 	const struct dnat_rule *rule = NULL;
 	const struct config *c;
 	__u32 zero = 0;
 
 	c = bpf_map_lookup_elem(&config, &zero);
-	if (!c)
+	if (!c || !t || !m)
 		return false;
 	for (__u32 kind = 0; kind < DNAT_KINDS && !rule; kind++) {
 		m->any = kind >= DNAT_ANY_DEVICE;

@@ -25,15 +25,17 @@ func (c path) turn(inbound bool) (asks, answers func(flags, payload string)) {
 	return c.sends, c.receives
 }
 
-// bothWays runs a test on an open TCP connection made by a container and on one made by
-// the world.
+// bothWays runs a test on an open TCP connection, and an SCTP association, made by a container and on
+// one made by the world.
 func bothWays(t *testing.T, test func(c path, inbound bool)) {
 	d := load(t, 64)
 	for _, f := range families {
-		for i, name := range []string{"snat", "dnat"} {
-			d.each(f.name+"/"+name, func(d *datapath) {
-				test(translated[i].open(d, f, tcp), i == 1)
-			})
+		for _, p := range []protocol{tcp, sctp} {
+			for i, name := range []string{"snat", "dnat"} {
+				d.each(f.name+"/"+p.name+"/"+name, func(d *datapath) {
+					test(translated[i].open(d, f, p), i == 1)
+				})
+			}
 		}
 	}
 }
@@ -143,7 +145,7 @@ func TestRuleDeleted(t *testing.T) {
 func TestRuleChanged(t *testing.T) {
 	d := load(t, 64)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp} {
+		for _, p := range []protocol{tcp, udp, sctp} {
 			d.each(f.name+"/"+p.name+"/snat", func(d *datapath) {
 				d.setRules(ruleSet{snat: []snatRule{{source: f.subnet, first: f.second, last: f.second}}})
 				c := d.path(f, p).as(f.second, 0)

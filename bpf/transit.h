@@ -25,8 +25,8 @@ static __always_inline void transit_delete(const struct tuple *transit, __u32 id
 		bpf_map_delete_elem(&flows, transit);
 }
 
-static __noinline int transits_delete(const struct tuple *original, const struct tuple *reply,
-				      __u32 id, struct tuple *scratch)
+__noinline int transits_delete(const struct tuple *original, const struct tuple *reply, __u32 id,
+			       struct tuple *scratch)
 {
 	if (!original || !reply || !scratch)
 		return 0;

@@ -13,6 +13,7 @@
 #include "open.h"
 #include "parse.h"
 #include "sender.h"
+#include "stale.h"
 
 static __always_inline enum verdict translate(struct packet *p, const struct found *f)
 {
@@ -35,7 +36,7 @@ static __always_inline enum verdict begin(struct packet *p, enum verdict planned
 	if (!is_always(p)) {
 		plan->packets = p->skb->gso_segs ?: 1;
 		plan->bytes = p->skb->len;
-		if (p->h.tuple.proto == IPPROTO_TCP)
+		if (has_states(p->h.tuple.proto))
 			plan->tcp = tcp_see(0, p->h.tcp);
 	}
 	switch (flow_create(p->skb)) {
@@ -122,13 +123,14 @@ static __always_inline enum verdict leave(struct packet *p, __u32 from)
 	if (p->h.kind != KIND_FLOW)
 		return drop(p, p->h.fragment == FRAGMENT_NONE ? DROP_PROTOCOL : DROP_FRAGMENT);
 	if (half_find(&p->h.tuple, &f, false) && f.half->role != ROLE_TRANSIT &&
-	    half_accepts(f.half, CLASS_BRIDGE, from) && !opens_anew(p, &f)) {
+	    half_accepts(f.half, CLASS_BRIDGE, from) && !opens_anew(p, &f) &&
+	    (p->h.fragment == FRAGMENT_LATER || way_holds(p, f.half, f.id))) {
 		lease_outward(p, &f);
 		return translate(p, &f);
 	}
 	if (p->h.fragment == FRAGMENT_LATER)
 		return drop(p, DROP_FRAGMENT);
-	if (p->h.tcp & TCP_RST)
+	if (is_stray(&p->h))
 		return drop(p, DROP_TCP_UNEXPECTED);
 	if (is_echo(&p->h) && !is_echo_request(&p->h))
 		return drop(p, DROP_ICMP_UNRELATED);

@@ -100,7 +100,7 @@ func TestAutoChanges(t *testing.T) {
 	nft(t, "flush ruleset")
 	// The kernel gives conntrack's hooks back by a work item (nf_tables_trans_destroy_work), and keeps
 	// what was tracked meanwhile, such as the link's own multicast.
-	for end := time.Now().Add(10 * time.Second); !strings.Contains(status.FastPath.Reason, "are no more"); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(patience); !strings.Contains(status.FastPath.Reason, "are no more"); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("still tracked without rules: %q", status.FastPath.Reason)
 		}

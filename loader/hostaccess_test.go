@@ -26,8 +26,9 @@ func newCgroup(t *testing.T, name string) string {
 	root := t.TempDir()
 	must(t, unix.Mount("none", root, "cgroup2", 0, ""))
 	t.Cleanup(func() { must(t, unix.Unmount(root, unix.MNT_DETACH)) })
-	dir := filepath.Join(root, "tcnat-loader-"+name)
-	must(t, os.Mkdir(dir, 0o755))
+	// The hierarchy is the machine's, whoever mounts it: another run's names are in it too.
+	dir, err := os.MkdirTemp(root, "tcnat-loader-"+name+"-")
+	must(t, err)
 	t.Cleanup(func() {
 		if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
 			t.Error(err)
@@ -124,7 +125,7 @@ func TestHostAccessMended(t *testing.T) {
 
 	must(t, os.Remove(cgroup)) // the links with it, a moment later
 	gone := "cgroup: it is gone, and the host's own access with it: run tcnat attach again"
-	for end := time.Now().Add(5 * time.Second); problems() != gone; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(patience); problems() != gone; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("the cgroup is gone: %s", problems())
 		}

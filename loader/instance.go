@@ -11,7 +11,7 @@ import (
 )
 
 // ABIVersion is ABI_VERSION of bpf/abi.h: pins of another one are not touched.
-const ABIVersion = 2
+const ABIVersion = 3
 
 const (
 	defaultName   = "default"

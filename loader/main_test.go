@@ -228,13 +228,17 @@ func (h *host) detach() {
 func (h *host) wantNothing() {
 	h.t.Helper()
 	left := h.left()
-	for end := time.Now().Add(2 * time.Second); len(left) > 0 && time.Now().Before(end); left = h.left() {
+	for end := time.Now().Add(patience); len(left) > 0 && time.Now().Before(end); left = h.left() {
 		time.Sleep(5 * time.Millisecond)
 	}
 	if len(left) > 0 {
 		h.t.Fatalf("left behind: %q", left)
 	}
 }
+
+// patience is how long the kernel may take for what it does later: where a link or a cgroup goes, it waits for
+// RCU and then for a worker, on a machine that may be busy.
+const patience = 20 * time.Second
 
 func (h *host) left() []string {
 	h.t.Helper()

@@ -287,7 +287,7 @@ func (h *host) xdp(port string) {
 func (h *host) learn(port string, address state.MAC) {
 	h.t.Helper()
 	var err error
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		err = h.nl.NeighSet(&netlink.Neigh{
 			LinkIndex: h.index(port), Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER,
 			State: netlink.NUD_REACHABLE, HardwareAddr: address[:],

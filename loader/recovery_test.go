@@ -253,7 +253,7 @@ func TestDamage(t *testing.T) {
 			h.attach(h.options(Auto))
 			c.damage(h, pinsIn(h.inst.Dir()))
 			status, err := h.status()
-			for end := time.Now().Add(2 * time.Second); err == nil && len(status.Problems) > 1 && time.Now().Before(end); status, err = h.status() {
+			for end := time.Now().Add(patience); err == nil && len(status.Problems) > 1 && time.Now().Before(end); status, err = h.status() {
 				time.Sleep(5 * time.Millisecond) // until the kernel has ended a link without pin
 			}
 			if c.want != nil && !errors.Is(err, c.want) {

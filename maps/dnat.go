@@ -14,7 +14,7 @@ type DNATRule struct {
 	// ID is given by SetRules and read back by Rules; it says nothing in what goes in.
 	ID uint32
 
-	Protocol Protocol // TCP or UDP
+	Protocol Protocol // TCP, UDP or SCTP
 
 	// Destination is the address that packets come to. The zero Addr stands for every
 	// address of the host, of To's family; the host's own sockets reach it by 127.0.0.1 and ::1,
@@ -80,11 +80,8 @@ func endpoint(addresses string, v6 bool, ports PortRange) string {
 
 // checkKey validates what tells rules apart: all but the target and the allow list.
 func (r DNATRule) checkKey() error {
-	if r.Protocol == SCTP {
-		return faultf(ErrNotBuilt, "sctp: not supported yet: publish tcp or udp")
-	}
 	if !r.Protocol.hasPorts() {
-		return invalid("protocol %s: has no ports to publish: use tcp or udp", r.Protocol)
+		return invalid("protocol %s: has no ports to publish: use tcp, udp or sctp", r.Protocol)
 	}
 	if r.Destination.IsValid() {
 		if err := checkAddress(r.Destination, "destination"); err != nil {
@@ -101,6 +98,9 @@ func (r DNATRule) checkKey() error {
 func (r DNATRule) normalize() (DNATRule, error) {
 	if err := r.checkKey(); err != nil {
 		return r, err
+	}
+	if r.Destination.IsLoopback() && r.Protocol == SCTP {
+		return r, invalid("destination %s: is reached from the host alone, whose SCTP sockets cannot be led: leave the destination out", r.Destination)
 	}
 	if err := checkTarget(r.To, "target"); err != nil {
 		return r, err

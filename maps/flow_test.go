@@ -143,6 +143,7 @@ func TestFlowStatesAndTimeouts(t *testing.T) {
 	timeouts := DefaultTimeouts()
 	published := [2]Tuple{tuple(UDP, "198.51.100.9:5", "203.0.113.2:53"), tuple(UDP, "172.17.0.2:53", "198.51.100.9:5")}
 	game := [2]Tuple{tuple(UDP, "172.17.0.2:5", "1.1.1.1:443"), tuple(UDP, "1.1.1.1:443", "203.0.113.2:5")}
+	signalling := [2]Tuple{tuple(SCTP, "172.17.0.2:5", "1.1.1.1:36412"), tuple(SCTP, "1.1.1.1:36412", "203.0.113.2:5")}
 	oneWay := func(p *pair) { p.reply.Packets = 0 }
 	tcp := func(original, reply bpf.NATTcpSeen) func(*pair) {
 		return func(p *pair) { p.original.Tcp, p.reply.Tcp = original, reply }
@@ -164,6 +165,12 @@ func TestFlowStatesAndTimeouts(t *testing.T) {
 		"tcp RST out":         {SNAT, web, tcp(ack|rst, ack), FlowClosed, timeouts.TCPTransitory},
 		"tcp RST in":          {SNAT, web, tcp(0, rst), FlowClosed, timeouts.TCPTransitory},
 		"tcp RST after FINs":  {SNAT, web, tcp(fin|rst, fin), FlowClosed, timeouts.TCPTransitory},
+		"sctp new":            {SNAT, signalling, oneWay, FlowNew, timeouts.TCPTransitory},
+		"sctp handshake":      {SNAT, signalling, tcp(0, ack), FlowNew, timeouts.TCPTransitory},
+		"sctp answered":       {SNAT, signalling, tcp(ack, ack), FlowAnswered, timeouts.TCPEstablished},
+		"sctp SHUTDOWN":       {SNAT, signalling, tcp(ack|fin, ack), FlowClosing, timeouts.TCPTransitory},
+		"sctp SHUTDOWN ACK":   {SNAT, signalling, tcp(ack|fin, ack|fin), FlowClosed, timeouts.TCPClosed},
+		"sctp ABORT":          {SNAT, signalling, tcp(ack, ack|rst), FlowClosed, timeouts.TCPTransitory},
 		"udp new":             {SNAT, game, oneWay, FlowNew, timeouts.UDPNew},
 		"udp answered":        {SNAT, game, nil, FlowAnswered, timeouts.UDP},
 		"udp well known":      {SNAT, dns, nil, FlowAnswered, timeouts.UDPWellKnown},

@@ -17,9 +17,9 @@ type FlowState uint8
 // The states of flows.
 const (
 	FlowNew      FlowState = iota // packets of one direction only
-	FlowAnswered                  // packets of both, and of TCP the end of the handshake
-	FlowClosing                   // FIN of one direction
-	FlowClosed                    // FIN of both, or RST
+	FlowAnswered                  // packets of both, and of TCP and SCTP the end of the handshake
+	FlowClosing                   // FIN of one direction, or SHUTDOWN of SCTP
+	FlowClosed                    // FIN of both, or RST; of SCTP SHUTDOWN and its answer, or ABORT
 	FlowEnding                    // flushed, expired, or its rule is gone
 )
 
@@ -106,7 +106,7 @@ func (j *judge) state(original, reply bpf.NATHalf) FlowState {
 		return FlowClosing
 	case original.Packets == 0 || reply.Packets == 0:
 		return FlowNew
-	case original.Other.Proto == uint8(TCP) && original.Tcp&bpf.NATTcpSeenTCP_SEEN_ACK == 0:
+	case Protocol(original.Other.Proto).hasStates() && original.Tcp&bpf.NATTcpSeenTCP_SEEN_ACK == 0:
 		return FlowNew
 	}
 	return FlowAnswered
@@ -116,7 +116,7 @@ func (j *judge) state(original, reply bpf.NATHalf) FlowState {
 // flow_state.h.
 func timeoutOf(f Flow, original, reply bpf.NATTcpSeen) bpf.NATTimeout {
 	switch f.Original.Protocol {
-	case TCP:
+	case TCP, SCTP:
 		switch {
 		case (original|reply)&bpf.NATTcpSeenTCP_SEEN_RST != 0:
 			return bpf.NATTimeoutTIMEOUT_TCP_TRANSITORY

@@ -50,4 +50,7 @@ func ParseProtocol(text string) (Protocol, error) {
 }
 
 // hasPorts tells whether rules can name ports of p.
-func (p Protocol) hasPorts() bool { return p == TCP || p == UDP }
+func (p Protocol) hasPorts() bool { return p == TCP || p == UDP || p == SCTP }
+
+// hasStates tells whether p has connections, whose states bpf.NATTcpSeen tells.
+func (p Protocol) hasStates() bool { return p == TCP || p == SCTP }

@@ -102,9 +102,9 @@ func TestDNATRefusals(t *testing.T) {
 		"source bits":       {func(r *DNATRule) { r.Allow = prefixes("10.0.0.1/8") }, ErrInvalidRule, "write 10.0.0.0/8"},
 		"source mapped":     {func(r *DNATRule) { r.Allow = prefixes("::ffff:10.0.0.0/104") }, ErrInvalidRule, "write 10.0.0.0/8"},
 		"source everything": {func(r *DNATRule) { r.To = addr("fd00::2"); r.Allow = prefixes("::/0") }, ErrInvalidRule, "2000::/3"},
-		"icmp":              {func(r *DNATRule) { r.Protocol = ICMP }, ErrInvalidRule, "use tcp or udp"},
-		"no protocol":       {func(r *DNATRule) { r.Protocol = 0 }, ErrInvalidRule, "use tcp or udp"},
-		"sctp":              {func(r *DNATRule) { r.Protocol = SCTP }, ErrNotBuilt, "not supported yet"},
+		"loopback, sctp":    {func(r *DNATRule) { r.Destination, r.Protocol = addr("127.0.0.1"), SCTP }, ErrInvalidRule, "SCTP sockets cannot be led"},
+		"icmp":              {func(r *DNATRule) { r.Protocol = ICMP }, ErrInvalidRule, "use tcp, udp or sctp"},
+		"no protocol":       {func(r *DNATRule) { r.Protocol = 0 }, ErrInvalidRule, "use tcp, udp or sctp"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var rules Rules

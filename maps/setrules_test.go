@@ -131,7 +131,6 @@ func TestSetRulesRefusesWhole(t *testing.T) {
 		"invalid SNAT": {Rules{SNAT: []SNATRule{{}}}, ErrInvalidRule},
 		"overlap":      {Rules{DNAT: []DNATRule{dnat(func(r *DNATRule) { r.Ports = PortRange{3000, 4000} })}}, ErrRuleOverlap},
 		"overlap SNAT": {Rules{SNAT: []SNATRule{snat(toSource("203.0.113.2", ""))}}, ErrRuleOverlap},
-		"sctp":         {Rules{DNAT: []DNATRule{dnat(func(r *DNATRule) { r.Protocol = SCTP })}}, ErrNotBuilt},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newState(t)

@@ -245,7 +245,7 @@ func TestCorruptPins(t *testing.T) {
 func (h *host) waitUntilDetached() {
 	h.t.Helper()
 	var left []string
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		left = nil
 		for _, device := range []string{lab.Bridge, lab.Uplink} {
 			attached, err := h.Host.Attached(device)

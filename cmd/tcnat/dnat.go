@@ -14,7 +14,7 @@ import (
 
 func newDNAT(e *env) *cobra.Command {
 	add := &cobra.Command{
-		Use:   "add -p tcp|udp [-d ADDR] [-i IF] --dport N[-M] --to-destination ADDR[:PORT[-PORT]] [-s CIDR]...",
+		Use:   "add -p tcp|udp|sctp [-d ADDR] [-i IF] --dport N[-M] --to-destination ADDR[:PORT[-PORT]] [-s CIDR]...",
 		Short: "publish a port of a container",
 		Long: `Publishes a port, or a range of them, of a container on a managed bridge. The same
 rule twice is done and changes nothing; a rule whose ports intersect those of another one
@@ -33,7 +33,7 @@ addresses that the rule is for, and by 127.0.0.1 and ::1.`,
 	}
 	bindDNATVerb(e, add, true, e.addDNAT)
 	del := &cobra.Command{
-		Use:   "del -p tcp|udp [-d ADDR] [-i IF] --dport N[-M] [--to-destination ADDR[:PORT[-PORT]]] [-s CIDR]...",
+		Use:   "del -p tcp|udp|sctp [-d ADDR] [-i IF] --dport N[-M] [--to-destination ADDR[:PORT[-PORT]]] [-s CIDR]...",
 		Short: "unpublish a port; its flows end",
 		Long: `Deletes the rule that these words added; what it matches is enough to name it. The
 rule's flows end at once. A rule that is not there is done, and changes nothing.`,
@@ -62,7 +62,7 @@ rule's flows end at once. A rule that is not there is done, and changes nothing.
 func bindDNATVerb(e *env, cmd *cobra.Command, whole bool, verb func(maps.DNATRule) error) {
 	var words dnatWords
 	words.bind(cmd.Flags())
-	completeWords(cmd, "protocol", "tcp", "udp")
+	completeWords(cmd, "protocol", "tcp", "udp", "sctp")
 	completeDevices(cmd, "in-interface")
 	cmd.RunE = e.inNetns(func(*cobra.Command) error {
 		rule, err := words.rule(whole, lookupDevice)
@@ -125,7 +125,7 @@ type dnatWords struct {
 
 func (w *dnatWords) bind(fs *pflag.FlagSet) {
 	w.to.again = "--to-destination: several targets: not built yet"
-	bindOnce(fs, &w.protocol, "protocol", "p", "PROTO", "PROTO of the port: tcp or udp", parseDNATProtocol)
+	bindOnce(fs, &w.protocol, "protocol", "p", "PROTO", "PROTO of the port: tcp, udp or sctp", parseDNATProtocol)
 	bindOnce(fs, &w.destination, "destination", "d", "ADDR", "ADDR of the host that is published, 127.0.0.1 or ::1 for the host alone (default: every one)", parseDestination)
 	bindOnce(fs, &w.in, "in-interface", "i", "IF", "only what comes in by the device IF", parseDevice)
 	bindOnce(fs, &w.dport, "dport", "", "N[-M]", "published port N, or N[-M] for a range", named("--dport", parsePorts))
@@ -139,7 +139,7 @@ func (w *dnatWords) bind(fs *pflag.FlagSet) {
 func (w *dnatWords) rule(whole bool, lookup func(string) (uint32, error)) (maps.DNATRule, error) {
 	switch {
 	case !w.protocol.isSet:
-		return maps.DNATRule{}, usagef("-p is missing: tcp or udp")
+		return maps.DNATRule{}, usagef("-p is missing: tcp, udp or sctp")
 	case !w.dport.isSet:
 		return maps.DNATRule{}, usagef("--dport is missing: the port to publish")
 	case w.in.isSet && w.destination.value.IsLoopback():
@@ -173,12 +173,9 @@ func (w *dnatWords) rule(whole bool, lookup func(string) (uint32, error)) (maps.
 }
 
 func parseDNATProtocol(text string) (maps.Protocol, error) {
-	if strings.EqualFold(text, "sctp") {
-		return 0, fmt.Errorf("-p %s: not built yet (tcp and udp are)", text)
-	}
 	protocol, err := maps.ParseProtocol(text)
-	if err != nil || protocol != maps.TCP && protocol != maps.UDP {
-		return 0, fmt.Errorf("-p %s: a published port is tcp or udp", quoteEmpty(text))
+	if err != nil || protocol != maps.TCP && protocol != maps.UDP && protocol != maps.SCTP {
+		return 0, fmt.Errorf("-p %s: a published port is tcp, udp or sctp", quoteEmpty(text))
 	}
 	return protocol, nil
 }

@@ -78,6 +78,11 @@ func TestRules(t *testing.T) {
 	h.must("dnat", "del", "-p", "udp", "-d", "203.0.113.2", "-i", "eth0", "--dport", "8000-8999")
 	h.must("dnat", "del", "-p", "tcp", "--dport", "3005", "--to-destination", "172.17.0.2:3005")
 	h.expect("two deleted", h.dnat(), "tcp   80 > [fd00:17::2]:8080")
+	h.must("dnat", "add", "-p", "sctp", "--dport", "3868-3870", "--to-destination", "172.17.0.2:4868-4870")
+	h.expect("SCTP added", h.dnat(), "tcp   80 > [fd00:17::2]:8080", "sctp   3868-3870 > 172.17.0.2:4868-4870")
+	h.must("flows", "list", "-p", "sctp")
+	h.must("dnat", "del", "-p", "sctp", "--dport", "3868-3870")
+	h.expect("SCTP deleted", h.dnat(), "tcp   80 > [fd00:17::2]:8080")
 
 	h.must("snat", "add", "-s", "172.17.0.0/24", "-o", "eth0", "--to-source", "203.0.113.2-203.0.113.4:20000-29999", "--except", "10.0.0.0/8")
 	h.must("snat", "del", "-s", "fd00:17::/64")
@@ -191,7 +196,7 @@ func TestStatus(t *testing.T) {
 // waitForExpiry polls until the expiry has run.
 func (h *host) waitForExpiry() {
 	h.t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); {
 		if status := list[statusEntry](h, "status"); status.Expiry.Ticks > 0 && status.Expiry.AgeSeconds < 1 {
 			return
 		}

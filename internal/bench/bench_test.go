@@ -154,8 +154,7 @@ func TestCounterSeesWhatIsWrong(t *testing.T) {
 		if err := b.send(batchSize); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(10 * time.Millisecond)
-		after, err := count.read()
+		after, err := count.settle(before.Expected + before.Other + batchSize)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -103,6 +104,29 @@ func (c *counter) read() (rigTally, error) {
 		sum.BadSum += t.BadSum
 	}
 	return sum, nil
+}
+
+// Times of settle: nothing more is to be expected after quiet, however busy the machine is.
+const (
+	counterPoll  = time.Millisecond
+	counterQuiet = 100 * time.Millisecond
+)
+
+// settle returns what was counted once that many packets were, or once no more come: what was sent may
+// still be queued.
+func (c *counter) settle(packets uint64) (rigTally, error) {
+	var last rigTally
+	for since := time.Now(); ; time.Sleep(counterPoll) {
+		now, err := c.read()
+		if err != nil || now.Expected+now.Other >= packets {
+			return now, err
+		}
+		if now != last {
+			last, since = now, time.Now()
+		} else if time.Since(since) > counterQuiet {
+			return now, nil
+		}
+	}
 }
 
 func (c *counter) close() error {

@@ -58,7 +58,7 @@ func (c *contender) hostSends(ctx context.Context, d time.Duration) (rate float6
 	}); err != nil {
 		return 0, err
 	}
-	if result.tally, err = count.read(); err != nil {
+	if result.tally, err = count.settle(uint64(result.sent)); err != nil {
 		return 0, err
 	}
 	return result.rate(), result.judge(want)

@@ -76,8 +76,7 @@ func (l leg) carry(ctx context.Context, o ...blastOptions) (result carried, err 
 	if err != nil {
 		return result, err
 	}
-	time.Sleep(time.Millisecond) // what is still queued
-	if result.tally, err = count.read(); err != nil {
+	if result.tally, err = count.settle(uint64(result.sent)); err != nil {
 		return result, err
 	}
 	return result, result.judge(l.want)

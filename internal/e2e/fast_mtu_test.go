@@ -69,10 +69,14 @@ func (p probe) setTTL(t *testing.T, ttl int) {
 	p.set(t, option, ttl)
 }
 
+// lengthAt is where a probe's message says how long its packet is.
+const lengthAt = 4
+
 // complaint is what an ICMP error said of a datagram.
 type complaint struct {
-	from netip.Addr
-	mtu  int
+	from   netip.Addr
+	mtu    int
+	length int // bytes of the packet that it quotes, as it was sent
 }
 
 // drain forgets errors that have come.
@@ -100,7 +104,8 @@ func (p probe) complaint(patience time.Duration) (complaint, error) {
 
 func nextComplaint(fd int) (complaint, error) {
 	control := make([]byte, 512)
-	_, n, _, _, err := unix.Recvmsg(fd, make([]byte, 64), control, unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+	quoted := make([]byte, messageSize)
+	_, n, _, _, err := unix.Recvmsg(fd, quoted, control, unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
 	if err != nil {
 		return complaint{}, err
 	}
@@ -113,7 +118,7 @@ func nextComplaint(fd int) (complaint, error) {
 		if len(data) < 24 {
 			continue
 		}
-		c := complaint{mtu: int(binary.NativeEndian.Uint32(data[8:]))}
+		c := complaint{mtu: int(binary.NativeEndian.Uint32(data[8:])), length: int(binary.BigEndian.Uint32(quoted[lengthAt:]))}
 		switch binary.NativeEndian.Uint16(data[16:]) {
 		case unix.AF_INET:
 			c.from = netip.AddrFrom4([4]byte(data[20:24]))
@@ -134,6 +139,7 @@ func (p probe) send(t *testing.T, length int) {
 	}
 	message := make([]byte, max(length-header, messageSize))
 	message[0] = question
+	binary.BigEndian.PutUint32(message[lengthAt:], uint32(length))
 	for range 100 { // an error about an earlier one is told once
 		if err := p.from.write(message); err == nil {
 			return
@@ -145,10 +151,13 @@ func (p probe) send(t *testing.T, length int) {
 // mustExpire wants a packet of that TTL to be complained of by a hop, without an end to the talk.
 func (p probe) mustExpire(t *testing.T, ttl int, hop netip.Addr) {
 	t.Helper()
-	p.drain()
+	length := 100 + ttl // tells it from the talk's own questions, and from what was sent for another hop
 	p.setTTL(t, ttl)
-	p.send(t, 0)
+	p.send(t, length)
 	got, err := p.complaint(lab.DefaultTimeout)
+	for err == nil && got.length != length {
+		got, err = p.complaint(lab.DefaultTimeout)
+	}
 	if err != nil || got.from != hop {
 		t.Errorf("%s: ttl %d: %v, error %v, want %s", p.name, ttl, got.from, err, hop)
 	}
@@ -184,8 +193,10 @@ func (r *rig) mustFit(t *testing.T, p probe, mtu int, by netip.Addr) {
 		// answers are redirected too, and one packet each way may take the long way
 		return other.questions.Load() == before+packets && r.redirected(t) >= redirected+2*packets-2
 	})
-	if c, err := p.complaint(0); err == nil {
-		t.Errorf("%s: %d bytes: %s complained", p.name, mtu, c.from)
+	for c, err := p.complaint(0); err == nil; c, err = p.complaint(0) {
+		if c.length <= mtu { // else it is about an earlier one, and late
+			t.Errorf("%s: %d bytes: %s complained", p.name, mtu, c.from)
+		}
 	}
 	before = other.questions.Load()
 	p.send(t, mtu+1)

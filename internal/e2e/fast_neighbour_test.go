@@ -147,13 +147,19 @@ func TestFastPromiscuous(t *testing.T) {
 		before := r.redirected(t)
 		// On the wire, not at the socket.
 		var atWorld, atContainer atomic.Uint64
-		watch(t, r.World, "eth0", countPort(&atWorld, 6001))
-		watch(t, c, "eth0", countPort(&atContainer, 80))
+		counts := []*lab.Capture{
+			watch(t, r.World, "eth0", countPort(&atWorld, 6001)), watch(t, c, "eth0", countPort(&atContainer, 80)),
+		}
 		out := r.startStream(t, c, r.World, at(r.World.Loopback(f), 6001), at(r.World.Loopback(f), 6001), rate)
 		in := r.startStream(t, r.World, c, at(c.Addr(lab.IPv6), 80), at(r.Host.Addr(lab.IPv6), 8080), rate)
 		time.Sleep(1500 * time.Millisecond)
 		out.mustArrive(t, r.Host.Addr(f))
 		in.mustArrive(t, r.World.Addr(lab.IPv6))
+		for _, capture := range counts { // what has arrived need not have been counted yet
+			if err := capture.Close(); err != nil {
+				t.Error(err)
+			}
+		}
 		for what, got := range map[string][2]uint64{"world": {atWorld.Load(), out.sent}, "the container": {atContainer.Load(), in.sent}} {
 			if got[0] != got[1] {
 				t.Errorf("%s received %d packets of %d", what, got[0], got[1])

@@ -1,11 +1,15 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -63,6 +67,35 @@ func TestHairpin(t *testing.T) {
 	}
 }
 
+// A firewall that knows connections lets hairpin ones pass, wherever netfilter gets to see bridged packets: to
+// conntrack both directions are of one connection.
+func TestHairpinBesideConntrack(t *testing.T) {
+	for _, filtered := range []bool{false, true} {
+		t.Run(fmt.Sprintf("bridge-nf-call=%t", filtered), func(t *testing.T) {
+			forEachMode(t, lab.Options{Containers: 2, BridgeNetfilter: filtered}, func(t *testing.T, r *rig, mode loader.AttachMode) {
+				nft(t, r.Host, `table inet guard { chain forward { type filter hook forward priority filter; policy drop;
+					ct state invalid counter name invalid drop; ct state established,related accept; ct state new ct direction original accept; };
+					counter invalid { }; }`)
+				r.attach(t, loader.AttachOptions{Mode: mode})
+				for _, f := range lab.Families() {
+					client := r.Containers[0]
+					for i, server := range r.Containers {
+						r.publish(t, maps.SinglePort(uint16(8080+i)), server.Addr(f), maps.SinglePort(80))
+						for _, host := range []netip.Addr{r.Host.Addr(f), lab.BridgeAddr(f)} {
+							for _, protocol := range protocols() {
+								call{protocol, client, server, at(server.Addr(f), 80), at(host, uint16(8080+i))}.mustSee(t, host)
+							}
+						}
+					}
+				}
+				if invalid := nft(t, r.Host, "list counter inet guard invalid"); !strings.Contains(invalid, "packets 0 ") {
+					t.Errorf("conntrack took packets for invalid: %s", invalid)
+				}
+			})
+		})
+	}
+}
+
 // A transfer by hairpin survives upgrades, and ends with its rule.
 func TestHairpinLasts(t *testing.T) {
 	forEachMode(t, lab.Options{Containers: 2}, func(t *testing.T, r *rig, mode loader.AttachMode) {
@@ -100,4 +133,44 @@ func TestHairpinLasts(t *testing.T) {
 		}
 		poll(t, "transit halves go with their flows", func() bool { return r.elements(t)["flows"] == 0 })
 	})
+}
+
+// Where nobody listens, the client's socket learns of it: the server's ICMP error comes back by the address that
+// the client spoke to.
+func TestHairpinErrors(t *testing.T) {
+	forEachMode(t, lab.Options{Containers: 2}, func(t *testing.T, r *rig, mode loader.AttachMode) {
+		r.attach(t, loader.AttachOptions{Mode: mode})
+		for _, f := range lab.Families() {
+			for _, server := range r.Containers {
+				r.publish(t, maps.SinglePort(8080), server.Addr(f), maps.SinglePort(80))
+				client := r.Containers[0]
+				for _, host := range []netip.Addr{r.Host.Addr(f), lab.BridgeAddr(f)} {
+					conn, err := client.DialUDP(netip.AddrPort{}, at(host, 8080))
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer conn.Close()
+					if err := refusal(conn); !errors.Is(err, unix.ECONNREFUSED) {
+						t.Errorf("%s to %s: %v, want %v", client.Addr(f), conn.RemoteAddr(), err, unix.ECONNREFUSED)
+					}
+				}
+				r.rules(t, func(rules *maps.Rules) error {
+					*rules = maps.Rules{SNAT: rules.SNAT}
+					return nil
+				})
+			}
+		}
+	})
+}
+
+// refusal is what a connected socket gets to know of what it sends.
+func refusal(conn net.Conn) error {
+	if err := conn.SetDeadline(time.Now().Add(lab.DefaultTimeout)); err != nil {
+		return err
+	}
+	if _, err := conn.Write([]byte("anybody?")); err != nil {
+		return err
+	}
+	_, err := conn.Read(make([]byte, 1))
+	return err
 }

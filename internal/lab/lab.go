@@ -17,8 +17,8 @@ import (
 const (
 	// netnsPrefix begins the name of every namespace of every lab.
 	netnsPrefix = "tcnat-"
-	// settleTime bounds the wait for links and neighbours of a new lab.
-	settleTime = 5 * time.Second
+	// settleTime bounds the wait for links and neighbours of a new lab, on a machine that is busy.
+	settleTime = 20 * time.Second
 	// maxContainers keeps the containers' addresses within one byte.
 	maxContainers = 200
 )

@@ -104,8 +104,8 @@ func (n *Node) SetSysctl(key, value string) error {
 }
 
 // Sysctls returns every sysctl below net that the namespace has, by key, so that two
-// points in time can be compared. Left out are the count of conntrack entries, and the size of the
-// table that all namespaces share.
+// points in time can be compared. Left out are the count of conntrack entries, and the sizes of the
+// table that all namespaces share, which others may change meanwhile.
 func (n *Node) Sysctls() (map[string]string, error) {
 	values := make(map[string]string)
 	err := n.Do(func() error {
@@ -116,7 +116,11 @@ func (n *Node) Sysctls() (map[string]string, error) {
 				}
 				return err
 			}
-			if entry.IsDir() || entry.Name() == "nf_conntrack_count" || entry.Name() == "nf_conntrack_buckets" {
+			switch entry.Name() {
+			case "nf_conntrack_count", "nf_conntrack_buckets", "nf_conntrack_max", "nf_conntrack_expect_max":
+				return nil
+			}
+			if entry.IsDir() {
 				return nil
 			}
 			// Some are write-only or refuse to be read until set: they have no value.

@@ -23,9 +23,14 @@ func (l *Lab) SetSegmentation(on bool) error {
 }
 
 // SetChecksumOffload switches checksum offload on or off: off, every packet carries its
-// full checksum from the start. Off takes segmentation offload with it.
+// full checksum from the start, of SCTP too. Off takes segmentation offload with it.
 func (l *Lab) SetChecksumOffload(on bool) error {
 	return l.ethtool(on, ethtoolSetTxChecksum)
+}
+
+// SetChecksumOffload does the same for one device of the node.
+func (n *Node) SetChecksumOffload(device string, on bool) error {
+	return n.ethtool(device, ethtoolSetTxChecksum, on)
 }
 
 func (l *Lab) ethtool(on bool, commands ...uint32) error {

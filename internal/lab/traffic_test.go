@@ -104,6 +104,16 @@ func TestTransferEndsWithContext(t *testing.T) {
 	}
 }
 
+func TestSinkAccounts(t *testing.T) {
+	var s Sink
+	for _, seq := range []uint64{0, 2, 1, 3, 3, 1} {
+		s.account(seq)
+	}
+	if s.count.Packets != 6 || s.count.Distinct != 4 || s.count.Duplicates != 2 || s.count.Reordered != 2 {
+		t.Errorf("%+v, want 6 packets: 4 distinct, 2 again, 2 behind a higher one", s.count)
+	}
+}
+
 func TestStreamIsCounted(t *testing.T) {
 	l := newLab(t, Options{})
 	sink, err := StartSink(l.World, netip.AddrPortFrom(l.World.Addr(IPv6), 0))
@@ -118,15 +128,17 @@ func TestStreamIsCounted(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	const rate = 5000
+	start := time.Now()
 	sent, err := RunStream(ctx, l.Host, sink.Addr, StreamOptions{Rate: rate})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if sent < rate/4 || sent > rate {
-		t.Errorf("sent %d in half a second at %d/s", sent, rate)
+	if took := time.Since(start); sent < rate/4 || float64(sent) > took.Seconds()*rate {
+		t.Errorf("sent %d in %s at %d/s", sent, took, rate)
 	}
 	eventually(t, func() bool { return sink.Count().Distinct == sent })
-	if count := sink.Count(); count.Duplicates != 0 || count.Reordered != 0 || len(count.Peers) != 1 {
+	// A sender that moves to another CPU may overtake itself: the order is not asked for.
+	if count := sink.Count(); count.Duplicates != 0 || len(count.Peers) != 1 {
 		t.Errorf("%+v", count)
 	}
 	after, err := l.World.DeviceCounters("eth0")
@@ -203,10 +215,11 @@ func TestFragmentsAreSeen(t *testing.T) {
 // eventually polls until the condition holds.
 func eventually(t *testing.T, holds func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(5 * time.Second)
+	const patience = 20 * time.Second
+	deadline := time.Now().Add(patience)
 	for !holds() {
 		if time.Now().After(deadline) {
-			t.Fatal("did not come to hold in 5 s")
+			t.Fatalf("did not come to hold in %s", patience)
 		}
 		time.Sleep(2 * time.Millisecond)
 	}

@@ -9,6 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// tunQueue is how many packets wait in a tun device for the process that carries them.
+const tunQueue = 10_000
+
 // tunnel carries packets between two tun devices, as a VPN's process does: what the
 // kernel of one side sends is what the kernel of the other side gets.
 type tunnel struct {
@@ -26,6 +29,15 @@ func newTunnel(a, b *Node, device string) (*tunnel, error) {
 			return nil, err
 		}
 		t.ends[i] = file
+		// This process may have to wait for a CPU: the kernel's 500 packets are soon there.
+		link, err := n.link.LinkByName(device)
+		if err == nil {
+			err = n.link.LinkSetTxQLen(link, tunQueue)
+		}
+		if err != nil {
+			t.close()
+			return nil, fmt.Errorf("%s: tun %s: queue: %w", n.Role, device, err)
+		}
 	}
 	t.done.Add(2)
 	go t.carry(t.ends[0], t.ends[1])
