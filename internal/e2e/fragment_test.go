@@ -96,8 +96,8 @@ func carryLarge(t *testing.T, r *rig, f lab.Family, host fragmentHost) {
 			from *lab.Node
 			to   netip.AddrPort
 		}{{"out", client, outside}, {"in", r.World, published}, {"hairpin", client, published}, {"hairpin to itself", server, published}} {
-			if host.bridge && way.to == published && way.from != r.World {
-				continue // not on a host that tracks what the bridge carries
+			if host.bridge && f == lab.IPv6 && way.to == published && way.from != r.World && size > 1452 {
+				continue // joined on the bridge, it is too large for where it goes: docs/datapath.md
 			}
 			if _, err := lab.ExchangeUDP(t.Context(), way.from, netip.AddrPort{}, way.to, payload); err != nil {
 				t.Errorf("%d bytes, %s: %v", size, way.name, err)
@@ -141,8 +141,8 @@ func TestFragmentOrder(t *testing.T) {
 					{"to the host from outside", r.World, r.World.Addr(f), at(r.Host.Addr(f), 9000)},
 					{"to the host from a container", client, client.Addr(f), at(r.Host.Addr(f), 9000)},
 				} {
-					if host.bridge && way.name == "hairpin" {
-						continue
+					if host.bridge && f == lab.IPv6 && way.name == "hairpin" {
+						continue // as above
 					}
 					c := newCaller(t, way.from, at(way.src, uint16(20000+random.IntN(10000))))
 					for i, order := range [][]int{{0, 1, 2, 3, 4}, {4, 3, 2, 1, 0}, {1, 0, 4, 2, 3}, random.Perm(5), random.Perm(5), random.Perm(5)} {
@@ -194,3 +194,81 @@ func TestFragmentsOfRouters(t *testing.T) {
 	}
 }
 
+// By an uplink without a link header, too, in whatever order.
+func TestFragmentsByTunnel(t *testing.T) {
+	random := rand.New(rand.NewPCG(8, 9))
+	r := newRig(t, lab.Options{TunUplink: true})
+	r.attach(t, loader.AttachOptions{Uplinks: []string{lab.Uplink, lab.TunUplink}})
+	for _, f := range lab.Families() {
+		far, inside := at(r.Far.Loopback(f), 7000), at(r.Containers[0].Addr(f), 7000)
+		for _, n := range []struct {
+			node *lab.Node
+			at   netip.AddrPort
+		}{{r.Far, far}, {r.Containers[0], inside}} {
+			echo, err := lab.StartUDPEcho(n.node, n.at)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer echo.Close()
+		}
+		r.publish(t, maps.SinglePort(8000), inside.Addr(), maps.SinglePort(inside.Port()))
+		for _, way := range []struct {
+			from *lab.Node
+			src  netip.Addr
+			to   netip.AddrPort
+		}{{r.Containers[0], inside.Addr(), far}, {r.Far, r.Far.Addr(f), at(lab.TunAddr(f), 8000)}} {
+			if _, err := lab.ExchangeUDP(t.Context(), way.from, netip.AddrPort{}, way.to, randomBytes(10000, random)); err != nil {
+				t.Error(err)
+			}
+			c := newCaller(t, way.from, at(way.src, 20000))
+			d := datagram{c.src, way.to, random.Uint32(), randomBytes(1200, random)}
+			parts := d.cut(512)
+			c.raw.send(t, parts[2], parts[1], parts[0])
+			if !c.hears(d.payload, 2*time.Second) {
+				t.Errorf("%s > %s: no answer", c.src, way.to)
+			}
+		}
+	}
+	r.mustNotDrop(t)
+	if held, released := r.counter(t, "fragments-held"), r.counter(t, "fragments-released"); held != released || held == 0 {
+		t.Errorf("held %d fragments, released %d", held, released)
+	}
+}
+
+// Floods of first fragments, and of others, from outside and from a container, leave pings and datagrams in
+// fragments of others alone, mostly: some may be lost when there is no room.
+func TestFragmentFloods(t *testing.T) {
+	r := newRig(t, lab.Options{Containers: 2})
+	r.attach(t, loader.AttachOptions{})
+	leak := watch(t, r.Router, "eth0", func(p lab.Packet) bool { return !p.Outgoing && leaks(p) })
+	for _, f := range lab.Families() {
+		good, bad := r.Containers[0], r.Containers[1]
+		outside := at(r.World.Loopback(f), 7000)
+		echo, err := lab.StartUDPEcho(r.World, outside)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer echo.Close()
+		inward, outward := newRawSender(t, r.World, f), newRawSender(t, bad, f)
+		for i := range uint32(3000) {
+			for k := range uint32(2) {
+				in := datagram{at(r.World.Addr(f), 5000), at(r.Host.Addr(f), 3005), 2*i + k, make([]byte, 80)}
+				out := datagram{at(bad.Addr(f), 5000), outside, 2*i + k, make([]byte, 80)}
+				inward.send(t, in.cut(40)[k])
+				outward.send(t, out.cut(40)[k])
+			}
+			if i%500 == 0 {
+				if _, err := lab.ExchangeUDP(t.Context(), good, netip.AddrPort{}, outside, make([]byte, largest(f))); err != nil {
+					t.Errorf("after %d datagrams of a flood: %v", i, err)
+				}
+			}
+		}
+		poll(t, "nobody waits any more", func() bool {
+			return r.counter(t, "fragments-held") == r.counter(t, "fragments-released")+r.counter(t, "fragment-alone")
+		})
+	}
+	mustSeeNothing(t, leak, "left the host")
+	if drops := r.drops(t); drops["fragment-no-room"] == 0 || drops["fragment-alone"] == 0 {
+		t.Errorf("dropped: %v", drops)
+	}
+}
