@@ -5,6 +5,7 @@
 #pragma once
 
 #include "abi.h"
+#include "datagram.h"
 
 /* Written by Go; read by every program, once a packet. */
 struct {
