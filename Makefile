@@ -87,7 +87,7 @@ test-long: need-root ## All tests, with the long transfers and timers too
 .PHONY: judge
 judge: need-root ## Compare 100,000 random conversations with netfilter, packet by packet (root, minutes)
 	@.ci/install-tools test
-	TCNAT_TEST_REQUIRE=1 TCNAT_TEST_LONG=1 $(GO) test -count=1 -timeout 30m -v -run '^TestJudge$$' ./internal/judge
+	TCNAT_TEST_REQUIRE=1 TCNAT_TEST_LONG=1 $(GO) test -count=1 -timeout 30m -v -run '^TestJudge(SCTP)?$$' ./internal/judge
 
 .PHONY: test-kernel
 test-kernel: ## What matters most on Debian's kernel, in QEMU: minutes, no root

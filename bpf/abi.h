@@ -93,14 +93,20 @@ enum life {
 	LIFE_ORIGINAL_ENDING = 5,
 } __attribute__((packed));
 
+/* Mappings that a flow holds. */
+enum held {
+	HELD_SOURCE = 1, /* of the endpoint that began it */
+	HELD_TARGET = 2, /* of the endpoint that it was begun to, by that endpoint's outside port */
+} __attribute__((packed));
+
 /* Changed as a whole, by compare-and-swap only: an element's memory may become another half's
  * between a look at it and the swap, and then the id differs, or the life of an original.
  */
 struct standing {
 	__u32 id; /* of the flow, the same in both halves */
 	enum life life;
-	__u8 mapped;  /* reply half only: the flow holds its endpoint's mapping */
-	__u16 uplink; /* enum uplink_bits, of an original half that leaves by one; or 0 */
+	enum held held; /* reply half only */
+	__u16 uplink;	/* enum uplink_bits, of an original half that leaves by one; or 0 */
 } __attribute__((aligned(8)));
 
 /* By which uplink a container's flow leaves, in standing.uplink: see stale.h. */
@@ -183,8 +189,8 @@ struct port_key {
 	__u16 pad;
 };
 
-/* An outside port, and the inside endpoint that has it (RFC 4787, REQ-1 and REQ-3). The table has a
- * place for each outside port: where that is follows from its address and number.
+/* An outside port, and the inside endpoint that has it (RFC 4787, REQ-1 and REQ-3). The table has two
+ * places for each outside port: where these are follows from its address and number.
  */
 struct mapping {
 	__u64 hold; /* incarnation << 32 | enum mapping_bits */
@@ -194,11 +200,11 @@ struct mapping {
 	__u32 outside; /* outside_hash() of address and protocol */
 };
 
-/* The lower half of mapping.hold; all zero: the place is free. */
+/* The lower half of mapping.hold; all zero but for the lock: the place is free. */
 enum mapping_bits {
-	MAPPING_FLOWS = 0x00ffffff, /* that hold it */
-	MAPPING_MOVED = 0x01000000, /* the endpoint has not kept its own port: see moved_ports */
-	MAPPING_BUSY = 0x02000000,  /* being filled in */
+	MAPPING_FLOWS = 0x00ffffff,  /* that hold it */
+	MAPPING_MOVED = 0x01000000,  /* the endpoint has not kept its own port: see moved_ports */
+	MAPPING_LOCKED = 0x02000000, /* of a pair's first place: one of the two is being taken */
 };
 
 /* Endpoints that have not kept their own port -> their outside port. */
@@ -368,6 +374,7 @@ enum config_flag {
 	CONFIG_NO_ISOLATION = 2,   /* managed bridges reach each other */
 	CONFIG_PASS_UNMANAGED = 4, /* traffic may leave by devices without programs */
 	CONFIG_ROUTED = 8,	   /* no masquerade: no rule means untranslated */
+	CONFIG_ANY_SENDER = 16,	   /* a UDP mapping is open to all (RFC 4787 REQ-8) */
 };
 
 /* Which of the two sets of rule maps is in force, and what kinds of rules it has: a map that has none

@@ -61,7 +61,7 @@ __noinline enum created own_ended_reply(void)
 	plan->reversed = true;
 	plan->old_claim = plan->original;
 	plan->old_id = was.id;
-	plan->old_mapped = was.mapped;
+	plan->old_held = was.held;
 	count(FLOWS_TAKEN_OVER);
 	return CREATED;
 }
@@ -69,8 +69,7 @@ __noinline enum created own_ended_reply(void)
 /* What the expiry does for other flows that end. */
 static __always_inline void end_reversed(struct plan *plan)
 {
-	if (plan->old_mapped)
-		mapping_drop(&plan->old_original, &plan->original);
+	mappings_drop(plan->old_held, &plan->old_original, &plan->original);
 	count(FLOWS_ENDED);
 }
 
@@ -115,7 +114,7 @@ static __always_inline enum created own_ended(struct plan *plan)
 	if (!swap_life(reply, was, LIFE_DEAD))
 		return CREATED_NOT;
 	plan->takeover = true;
-	plan->old_mapped = was.mapped;
+	plan->old_held = was.held;
 	count(FLOWS_TAKEN_OVER);
 	return CREATED;
 }
@@ -129,7 +128,7 @@ static __always_inline void fill_half(struct plan *plan, enum role role)
 	half->other = original ? plan->entry.claim : plan->original;
 	half->standing.id = plan->entry.id;
 	half->standing.life = original ? LIFE_ORIGINAL : LIFE_LIVE;
-	half->standing.mapped = !original && plan->map;
+	half->standing.held = original ? 0 : plan_holds(plan);
 	half->standing.uplink = role == ROLE_ORIGINAL ? plan->leaves : 0;
 	half->rule = plan->rule;
 	half->generation = plan->generation;
@@ -213,8 +212,7 @@ static __always_inline void give_back_claim(struct plan *plan)
 		transits_delete(&plan->original, &plan->entry.claim, plan->entry.id,
 				&plan->transit);
 	bpf_map_delete_elem(&flows, &plan->entry.claim);
-	if (plan->map)
-		mapping_drop(&plan->original, &plan->entry.claim);
+	mappings_drop(plan_holds(plan), &plan->original, &plan->entry.claim);
 	full_barrier(plan);
 	original = bpf_map_lookup_elem(&flows, &plan->original);
 	if (original &&
@@ -258,7 +256,11 @@ __noinline enum created flow_create(struct __sk_buff *skb)
 	plan->entry.id = bpf_get_prandom_u32();
 	plan->entry.checked = plan->now;
 	fill_half(plan, ROLE_REPLY);
+	if (plan->target && !mapping_hold(&plan->entry.claim, &plan->original))
+		return CREATED_NOT;
 	claimed = claim(skb, plan);
+	if (plan->target && claimed != CLAIM_DONE)
+		mapping_drop(&plan->entry.claim, &plan->original);
 	if (claimed != CLAIM_DONE && claimed != CLAIM_SAME) {
 		plan->reason = claimed == CLAIM_FULL	    ? DROP_TABLE_FULL
 			       : claimed == CLAIM_NO_MEMORY ? DROP_NO_MEMORY

@@ -47,7 +47,7 @@ struct held_key {
 };
 
 /* A fragment that has come before its first. */
-struct held {
+struct held_fragment {
 	__u32 taken; /* not 0: whoever set it owns the element, and deletes it */
 	__u32 stamp;
 	__u32 length; /* of the packet, which begins with its IP header */
@@ -57,4 +57,4 @@ struct held {
 _Static_assert(sizeof(struct datagram_key) == 48, "datagram_key");
 _Static_assert(sizeof(struct datagram) == 16, "datagram");
 _Static_assert(sizeof(struct held_key) == 52, "held_key");
-_Static_assert(48 + 8 + 56 + sizeof(struct held) + 4 <= 2048, "held: kmalloc-2k");
+_Static_assert(48 + 8 + 56 + sizeof(struct held_fragment) + 4 <= 2048, "held: kmalloc-2k");

@@ -61,7 +61,7 @@ static __always_inline void mark_original(struct half *original, __u32 id, enum 
 /* original is NULL when that half is gone, or of another flow by now. */
 static __always_inline void delete_flow(const struct tuple *key, const struct half *original,
 					const struct expiry_entry *entry,
-					enum translation translation, bool mapped)
+					enum translation translation, enum held held)
 {
 	const struct tuple *claim = &entry->claim;
 	struct tuple transit;
@@ -71,8 +71,7 @@ static __always_inline void delete_flow(const struct tuple *key, const struct ha
 	if (translation == TRANSLATION_HAIRPIN)
 		transits_delete(key, claim, entry->id, &transit);
 	bpf_map_delete_elem(&flows, claim);
-	if (mapped)
-		mapping_drop(key, claim);
+	mappings_drop(held, key, claim);
 	count(FLOWS_ENDED);
 }
 
@@ -100,7 +99,7 @@ static __always_inline bool check_flow(struct tick *tick, const struct expiry_en
 	if (original && original->standing.id != entry->id)
 		original = NULL;
 	if (was.life == LIFE_BURIED) {
-		delete_flow(&key, original, entry, translation, was.mapped);
+		delete_flow(&key, original, entry, translation, was.held);
 		return false;
 	}
 	if (was.life == LIFE_DEAD) {
@@ -128,7 +127,7 @@ static __always_inline bool check_flow(struct tick *tick, const struct expiry_en
 	}
 	if (!swap_life(reply, was, LIFE_DEAD))
 		return true; /* revived */
-	delete_flow(&key, original, entry, translation, was.mapped);
+	delete_flow(&key, original, entry, translation, was.held);
 	return false;
 }
 

@@ -50,7 +50,7 @@ flow_timeout(const struct tuple *key, const struct half *original, const struct 
 {
 	if (has_states(key->proto))
 		return tcp_timeout(original, reply);
-	if (key->proto != IPPROTO_UDP)
+	if (!is_udp(key->proto))
 		return TIMEOUT_ICMP;
 	if (original->translation < TRANSLATION_DNAT && is_well_known(key->dport))
 		return TIMEOUT_UDP_WELL_KNOWN;

@@ -26,7 +26,7 @@ struct fragment_scratch {
 	struct held_key key; /* key.datagram: of the fragment at hand */
 	struct datagram entry;
 	__u32 taken; /* for the full barrier */
-	struct held held;
+	struct held_fragment held;
 	__u8 first[HELD_BYTES];
 };
 
@@ -127,10 +127,10 @@ __noinline int fragment_note(struct __sk_buff *skb, const struct headers *h, __u
 /* Makes the caller the one who deletes the element. It may have been recycled since it was
  * looked up, and be another fragment's.
  */
-static __always_inline bool held_take(struct held *held, const struct held_key *key)
+static __always_inline bool held_take(struct held_fragment *held, const struct held_key *key)
 {
 	__u32 token = bpf_get_prandom_u32() | 1;
-	struct held *is;
+	struct held_fragment *is;
 
 	if (__sync_val_compare_and_swap(&held->taken, 0, token))
 		return false;
@@ -162,7 +162,7 @@ static __always_inline long fragment_load(struct __sk_buff *skb, __u32 l3, __u8 
 __noinline enum hold fragment_hold(struct __sk_buff *skb, const struct headers *h, __u32 now)
 {
 	struct fragment_scratch *s = fragment_scratch_get();
-	struct held *held;
+	struct held_fragment *held;
 	__u32 length;
 	long err = -1;
 
@@ -211,7 +211,7 @@ __noinline long fragment_release(struct __sk_buff *skb, __u32 l3, __u32 hook)
 	struct fragment_scratch *s = fragment_scratch_get();
 	__u32 length = skb->len - l3;
 	bool turned = false;
-	struct held *held;
+	struct held_fragment *held;
 	long err;
 
 	if (!s)
@@ -313,7 +313,8 @@ static __noinline enum verdict fragment_end(struct packet *p, enum verdict v, __
 }
 
 /* Deletes what has waited in vain. */
-static long held_sweep(void *map, const struct held_key *key, struct held *held, __u32 *now)
+static long held_sweep(void *map, const struct held_key *key, struct held_fragment *held,
+		       __u32 *now)
 {
 	(void)map;
 	if (is_within(*now, held->stamp, FRAGMENT_STAMPS) || !held_take(held, key))

@@ -146,13 +146,13 @@ func (d *datapath) releasesAs(verdict uint32, h hook, in, want []byte, held [][]
 
 func (d *datapath) heldFragments() int {
 	d.Helper()
-	return len(elements[bpf.NATHeldKey, bpf.NATHeld](d, d.HeldFragments))
+	return len(elements[bpf.NATHeldKey, bpf.NATHeldFragment](d, d.HeldFragments))
 }
 
 func (d *datapath) forgetFragments() {
 	d.Helper()
 	clearMap[bpf.NATDatagramKey, bpf.NATDatagram](d, d.Fragments)
-	clearMap[bpf.NATHeldKey, bpf.NATHeld](d, d.HeldFragments)
+	clearMap[bpf.NATHeldKey, bpf.NATHeldFragment](d, d.HeldFragments)
 }
 
 // ordered sends the fragments of a packet to a hook in this order: those before the first are held, and

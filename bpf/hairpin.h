@@ -18,6 +18,10 @@
  * makes the stack forget (skb_scrub_packet): conntrack sees transit tuples alone, both directions of one
  * connection.
  *
+ * An outside port that an endpoint has, X:np, is a published port in this, too (RFC 4787 REQ-9): for containers
+ * on its bridge always, since they can speak to it directly; for those of other bridges where these are
+ * not isolated, or where any sender may use it.
+ *
  * Two flows with one transit tuple cannot be told apart at to_bridge: from one port of A to two published
  * ports that lead to one port of C. The second is refused.
  */
@@ -56,18 +60,27 @@ static __noinline enum verdict hairpin_turn(struct packet *p)
 	return v == PASS ? AGAIN : v;
 }
 
+static __always_inline bool is_neighbour(const struct packet *p, const struct addr *inside)
+{
+	return p->config->flags & (CONFIG_NO_ISOLATION | CONFIG_ANY_SENDER) ||
+	       bridge_of(inside) == p->bridge;
+}
+
 /* At from_bridge: to an address of the host, of no flow. PASS where it is no published port. */
 static __noinline enum verdict open_hairpin(struct packet *p)
 {
 	struct plan *plan = plan_get();
 	struct tuple *t = &p->h.tuple;
 	const struct snat_rule *snat;
+	bool mapped;
 	enum verdict v;
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
-	if (p->h.kind != KIND_FLOW || !has_ports(t->proto) ||
-	    !dnat_find(t, p->bridge, &plan->published))
+	if (p->h.kind != KIND_FLOW || !has_ports(t->proto))
+		return PASS;
+	mapped = !dnat_find(t, p->bridge, &plan->published);
+	if (mapped && !(is_mapped(p, plan) && is_neighbour(p, &plan->published.rule.to)))
 		return PASS;
 	/* no route to it looks like an address of the host's own: see route_of() */
 	if (plan->published.any && !bpf_map_lookup_elem(&host_addresses, &t->dst))
@@ -75,6 +88,7 @@ static __noinline enum verdict open_hairpin(struct packet *p)
 	v = open_published(p, plan, true);
 	if (v != GO_ON)
 		return v;
+	plan->target = mapped;
 	plan->original_class = CLASS_BRIDGE;
 	plan->original_ifindex = p->bridge;
 	plan->translation = TRANSLATION_HAIRPIN;

@@ -99,6 +99,12 @@ const places = 1 << 16
 // load loads the programs with room for maxFlows flows, live, with two bridges and one uplink.
 func load(t testing.TB, maxFlows uint32) *datapath {
 	t.Helper()
+	return loadPlaces(t, maxFlows, places)
+}
+
+// loadPlaces is load with a table of so many places for mappings.
+func loadPlaces(t testing.TB, maxFlows, places uint32) *datapath {
+	t.Helper()
 	spec := natSpec().Copy()
 	spec.Maps[bpf.NATMapFlows].MaxEntries = 2 * maxFlows
 	spec.Maps[bpf.NATMapMappings].MaxEntries = places

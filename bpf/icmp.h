@@ -53,30 +53,6 @@ static __always_inline __be16 checksum_add(__be16 checksum, __s64 diff)
 	return ~(__u16)sum;
 }
 
-/* SCTP's checksum, by the length that the quoted packet had, whatever of it is quoted. */
-static __always_inline long quote_sctp(struct packet *p, struct quote *q, __u32 change)
-{
-	const __u32 at = q->h.l4 + offsetof(struct sctp_header, checksum), l3 = q->h.l3;
-	bool v4 = q->h.tuple.family == FAMILY_IPV4;
-	__u32 check, changed, length;
-	__be16 total;
-	long err;
-
-	if (at + sizeof(check) > q->h.end || bpf_skb_load_bytes(p->skb, at, &check, sizeof(check)))
-		return 0; /* cut before its end */
-	if (!check)
-		return 0; /* left to a device */
-	err = bpf_skb_load_bytes(p->skb,
-				 l3 + (v4 ? offsetof(struct iphdr, tot_len)
-					  : offsetof(struct ipv6hdr, payload_len)),
-				 &total, sizeof(total));
-	length = bpf_ntohs(total) + (v4 ? 0 : sizeof(struct ipv6hdr)) - (q->h.l4 - l3);
-	changed = sctp_checksum(check, change, length);
-	err |= bpf_skb_store_bytes(p->skb, at, &changed, sizeof(changed), 0);
-	q->diff = bpf_csum_diff((__be32 *)&check, 4, (__be32 *)&changed, 4, q->diff);
-	return err;
-}
-
 static __always_inline long quote_transport(struct packet *p, struct quote *q,
 					    const struct tuple *leaves)
 {
@@ -98,10 +74,10 @@ static __always_inline long quote_transport(struct packet *p, struct quote *q,
 	q->diff = bpf_csum_diff((__be32 *)old, 4, (__be32 *)new, 4, q->diff);
 
 	if (from->proto == IPPROTO_SCTP)
-		return err | quote_sctp(p, q, *(__u32 *)old ^ *(__u32 *)new);
+		return err; /* see quote_sctp() */
 	if (at + 2 > q->h.end || bpf_skb_load_bytes(p->skb, at, check, 2) < 0)
 		return err; /* cut before it */
-	if (from->proto == IPPROTO_UDP && !check[0])
+	if (is_udp(from->proto) && !check[0])
 		return err; /* sent without */
 	sum = bpf_csum_diff((__be32 *)old, 4, (__be32 *)new, 4, 0);
 	if (from->proto != IPPROTO_ICMP) {
@@ -109,23 +85,59 @@ static __always_inline long quote_transport(struct packet *p, struct quote *q,
 		sum = addr_diff(&from->dst, &leaves->src, sum);
 	}
 	changed[0] = checksum_add(check[0], sum);
-	if (from->proto == IPPROTO_UDP && !changed[0])
+	if (is_udp(from->proto) && !changed[0])
 		changed[0] = 0xffff;
 	err |= bpf_skb_store_bytes(p->skb, at, changed, 2, 0);
 	q->diff = bpf_csum_diff((__be32 *)check, 4, (__be32 *)changed, 4, q->diff);
 	return err;
 }
 
-/* Only the inside of the error; the outer addresses are the caller's. */
-static __noinline long rewrite_quote(struct packet *p, struct quote *q, const struct tuple *leaves)
+static __noinline long quote_headers(struct packet *p, struct quote *q, const struct tuple *leaves)
 {
 	long err;
 
 	q->diff = 0;
 	err = quote_addrs(p, q, leaves);
-	err |= quote_transport(p, q, leaves);
-	err |= bpf_l4_csum_replace(p->skb, p->h.l4 + 2, 0, q->diff, 0);
+	return err | quote_transport(p, q, leaves);
+}
+
+/* SCTP's checksum, by the length that the quoted packet had, whatever of it is quoted. Its calls are many,
+ * so it is on the stack by itself.
+ */
+static __noinline long quote_sctp(struct packet *p, struct quote *q, const struct tuple *leaves)
+{
+	const __u32 at = q->h.l4 + offsetof(struct sctp_header, checksum), l3 = q->h.l3;
+	bool v4 = q->h.tuple.family == FAMILY_IPV4;
+	const __be16 old[2] = {q->h.tuple.sport, q->h.tuple.dport},
+		     new[2] = {leaves->dport, leaves->sport};
+	__u32 check, changed, length, change = *(__u32 *)old ^ *(__u32 *)new;
+	__be16 total;
+	long err;
+
+	if (at + sizeof(check) > q->h.end || bpf_skb_load_bytes(p->skb, at, &check, sizeof(check)))
+		return 0; /* cut before its end */
+	if (!check)
+		return 0; /* left to a device */
+	err = bpf_skb_load_bytes(p->skb,
+				 l3 + (v4 ? offsetof(struct iphdr, tot_len)
+					  : offsetof(struct ipv6hdr, payload_len)),
+				 &total, sizeof(total));
+	length = bpf_ntohs(total) + (v4 ? 0 : sizeof(struct ipv6hdr)) - (q->h.l4 - l3);
+	changed = sctp_checksum(check, change, length);
+	err |= bpf_skb_store_bytes(p->skb, at, &changed, sizeof(changed), 0);
+	q->diff = bpf_csum_diff((__be32 *)&check, 4, (__be32 *)&changed, 4, q->diff);
 	return err;
+}
+
+/* Only the inside of the error; the outer addresses are the caller's. */
+static __always_inline long rewrite_quote(struct packet *p, struct quote *q,
+					  const struct tuple *leaves)
+{
+	long err = quote_headers(p, q, leaves);
+
+	if (q->h.tuple.proto == IPPROTO_SCTP)
+		err |= quote_sctp(p, q, leaves);
+	return err | bpf_l4_csum_replace(p->skb, p->h.l4 + 2, 0, q->diff, 0);
 }
 
 /* Reads the quote and finds the half that the error travels with. */

@@ -182,7 +182,7 @@ func (c path) clash(published uint16) path {
 func TestICMPErrors(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, udpZero, sctp, sctpZero, echo} {
+		for _, p := range []protocol{tcp, udp, udpZero, udpLite, sctp, sctpZero, echo} {
 			for _, tr := range translated {
 				if p.name == echo.name && (tr.name == "dnat" || tr.name == "dnat-client-port-moved") {
 					continue

@@ -38,7 +38,7 @@ func (d *datapath) addressed(h hook) hook {
 func TestWithoutEthernet(t *testing.T) {
 	d := load(t, 64)
 	for _, f := range l3Families {
-		for _, p := range []protocol{tcp, udp, udpZero, sctp, sctpZero, echo} {
+		for _, p := range []protocol{tcp, udp, udpZero, udpLite, sctp, sctpZero, echo} {
 			// not with CHECKSUM_COMPLETE: prog.Run would sum from the 14th byte on
 			t.Run(f.name+"/"+p.name, func(t *testing.T) {
 				sub := *d

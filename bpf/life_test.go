@@ -133,7 +133,7 @@ func sourceAddr(f family, frame []byte) netip.Addr {
 func TestOutgoing(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, udpZero, sctp, sctpZero, echo} {
+		for _, p := range []protocol{tcp, udp, udpZero, udpLite, sctp, sctpZero, echo} {
 			for _, o := range outgoings {
 				d.each(f.name+"/"+p.name+"/"+o.name, func(d *datapath) {
 					d.configure(o.configure)

@@ -70,7 +70,7 @@ func shortest(f family) int {
 func TestTruncated(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, sctp, echo} {
+		for _, p := range []protocol{tcp, udp, udpLite, sctp, echo} {
 			d.each(f.name+"/"+p.name, func(d *datapath) {
 				c := translated[0].open(d, f, p)
 				for _, h := range allHooks() {
@@ -97,7 +97,7 @@ func TestTruncated(t *testing.T) {
 func TestTruncatedQuotes(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, sctp, echo} {
+		for _, p := range []protocol{tcp, udp, udpLite, sctp, echo} {
 			d.each(f.name+"/"+p.name, func(d *datapath) {
 				c := translated[0].open(d, f, p)
 				m := icmpErrors[f.name][0]
@@ -190,7 +190,7 @@ var mappedBytes = []byte{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 198, 51, 100,
 func TestMalformed(t *testing.T) {
 	d := load(t, 1024)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, sctp, echo} {
+		for _, p := range []protocol{tcp, udp, udpLite, sctp, echo} {
 			d.each(f.name+"/"+p.name, func(d *datapath) {
 				c := translated[0].open(d, f, p)
 				for _, bad := range damages {
@@ -231,7 +231,7 @@ func TestOptions(t *testing.T) {
 	}
 	options := [][]byte{{1, 1, 1, 1}, {7, 7, 4, 0, 0, 0, 0, 1}, append([]byte{7, 39, 4}, append(make([]byte, 36), 0)...)}
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, sctp, echo} {
+		for _, p := range []protocol{tcp, udp, udpLite, sctp, echo} {
 			for i := range max(len(chains), len(options)) {
 				if f.name == "ipv4" && i >= len(options) || f.name == "ipv6" && i >= len(chains) {
 					continue

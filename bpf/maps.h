@@ -77,7 +77,7 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 256);
 	__type(key, struct held_key);
-	__type(value, struct held);
+	__type(value, struct held_fragment);
 } held_fragments SEC(".maps");
 
 /* By enum counter. */

@@ -84,6 +84,7 @@ const (
 	NATConfigFlagCONFIG_NO_ISOLATION   NATConfigFlag = 2
 	NATConfigFlagCONFIG_PASS_UNMANAGED NATConfigFlag = 4
 	NATConfigFlagCONFIG_ROUTED         NATConfigFlag = 8
+	NATConfigFlagCONFIG_ANY_SENDER     NATConfigFlag = 16
 )
 
 type NATCounter uint32
@@ -285,7 +286,7 @@ type NATFragmentScratch struct {
 	_     [4]byte
 	Entry NATDatagram
 	Taken uint32
-	Held  NATHeld
+	Held  NATHeldFragment
 	First [1792]uint8
 }
 
@@ -298,7 +299,7 @@ type NATHalf struct {
 		_      structs.HostLayout
 		Id     uint32
 		Life   NATLife
-		Mapped uint8
+		Held   NATHeld
 		Uplink uint16
 	}
 	Lease struct {
@@ -318,7 +319,14 @@ type NATHalf struct {
 	Tcp         NATTcpSeen
 }
 
-type NATHeld struct {
+type NATHeld uint8
+
+const (
+	NATHeldHELD_SOURCE NATHeld = 1
+	NATHeldHELD_TARGET NATHeld = 2
+)
+
+type NATHeldFragment struct {
 	_      structs.HostLayout
 	Taken  uint32
 	Stamp  uint32
@@ -379,9 +387,9 @@ type NATMapping struct {
 type NATMappingBits uint32
 
 const (
-	NATMappingBitsMAPPING_FLOWS NATMappingBits = 16777215
-	NATMappingBitsMAPPING_MOVED NATMappingBits = 16777216
-	NATMappingBitsMAPPING_BUSY  NATMappingBits = 33554432
+	NATMappingBitsMAPPING_FLOWS  NATMappingBits = 16777215
+	NATMappingBitsMAPPING_MOVED  NATMappingBits = 16777216
+	NATMappingBitsMAPPING_LOCKED NATMappingBits = 33554432
 )
 
 type NATMovedPort struct {
@@ -449,6 +457,8 @@ type NATPlan struct {
 	OriginalClass   NATDeviceClass
 	ReplyClass      NATDeviceClass
 	Map             uint8
+	Target          uint8
+	_               [3]byte
 	OriginalIfindex uint32
 	ReplyIfindex    uint32
 	Uplink          uint32
@@ -456,16 +466,17 @@ type NATPlan struct {
 	Last            uint16
 	Outside         uint8
 	Takeover        uint8
-	OldMapped       uint8
+	OldHeld         NATHeld
 	Queued          uint8
 	Absent          uint8
 	Tcp             uint8
 	Reversed        uint8
-	Pad             uint8
+	_               [1]byte
 	Leaves          uint16
-	Pad2            uint16
+	_               [2]byte
 	Packets         uint32
 	Bytes           uint32
+	_               [4]byte
 	Lease           struct {
 		_     structs.HostLayout
 		Out   uint16

@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include "mapping.h"
 #include "packet.h"
 #include "plan.h"
 #include "recent.h"
@@ -122,19 +123,59 @@ static __always_inline enum verdict open_published(struct packet *p, struct plan
 	return GO_ON;
 }
 
-/* DNAT: the world comes to a published port. PASS when it is none. */
+/* An outside port that an endpoint has is published to it while it has it: for its neighbours (RFC 4787 REQ-9)
+ * and, where filtering is endpoint-independent, for the world (REQ-8). What comes that way belongs to the
+ * SNAT rule of the endpoint. plan->published becomes a rule that says so.
+ */
+static __noinline bool is_mapped(struct packet *p, struct plan *plan)
+{
+	struct dnat_rule *rule = &plan->published.rule;
+	const struct tuple *t = &p->h.tuple;
+	const struct snat_rule *snat;
+	__be16 port = 0;
+
+	if (t->proto != IPPROTO_UDP || !mapping_find(t, &rule->to, &port))
+		return false;
+	if (port == t->sport && addr_equal(&rule->to, &t->src))
+		return false; /* to itself */
+	snat = snat_find(p->config, &rule->to, p->uplink);
+	if (!snat || (snat->flags & SNAT_EXCEPT && rule_lists(p->config, snat->id, &t->src)))
+		return false;
+	/* not what an address of yesterday, or of another rule, had */
+	if (snat->flags & SNAT_MASQUERADE) {
+		if (!bpf_map_lookup_elem(&host_addresses, &t->dst))
+			return false;
+	} else if (bpf_ntohl(t->dst.word[3]) - bpf_ntohl(snat->to.word[3]) >= snat->to_count) {
+		return false;
+	}
+	plan->published.any = false;
+	rule->port_first = rule->port_last = bpf_ntohs(t->dport);
+	rule->to_first = rule->to_last = bpf_ntohs(port);
+	rule->id = snat->id;
+	rule->generation = snat->generation;
+	rule->flags = 0;
+	return true;
+}
+
+/* DNAT: the world comes to a published port, or to a mapping. PASS when it is none. */
 static __noinline enum verdict open_inward(struct packet *p)
 {
 	struct plan *plan = plan_get();
+	bool mapped = false;
 	enum verdict v;
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
-	if (!is_published(p, &plan->published))
-		return PASS;
+	if (!is_published(p, &plan->published)) {
+		mapped = p->config->flags & CONFIG_ANY_SENDER && is_mapped(p, plan);
+		/* a socket of the host's own that took the port later is what the world speaks to */
+		if (!mapped || host_has_socket(p->skb, &p->h.tuple, SOCKET_ANY))
+			return PASS;
+	}
 	v = open_published(p, plan, false);
 	if (v != GO_ON)
 		return v;
+	plan->target = mapped;
 	plan->original_class = CLASS_UPLINK;
 	plan->original_ifindex = 0;
 	plan->translation = TRANSLATION_DNAT;

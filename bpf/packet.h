@@ -24,7 +24,7 @@ enum verdict {
 };
 
 enum packet_kind {
-	KIND_FLOW,	 /* TCP, UDP, SCTP, ICMP echo: the tuple is complete */
+	KIND_FLOW,	 /* TCP, UDP, UDP-Lite, SCTP, ICMP echo: the tuple is complete */
 	KIND_ICMP_ERROR, /* quotes a packet of a flow */
 	KIND_OTHER,	 /* a protocol without ports, another ICMP message */
 };
@@ -78,9 +78,17 @@ struct packet {
 #define TCP_RST 0x04
 #define TCP_ACK 0x10
 
+/* UDP-Lite (RFC 3828) has UDP's header with what the checksum covers in place of the length: always the
+ * ports, and always a pseudo header.
+ */
+static __always_inline bool is_udp(__u8 proto)
+{
+	return proto == IPPROTO_UDP || proto == IPPROTO_UDPLITE;
+}
+
 static __always_inline bool has_ports(__u8 proto)
 {
-	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP;
+	return proto == IPPROTO_TCP || is_udp(proto) || proto == IPPROTO_SCTP;
 }
 
 /* Whether the protocol has connections, whose states tcp_seen tells. */

@@ -18,6 +18,7 @@ const (
 	protoUDP    = 17
 	protoICMPv6 = 58
 	protoSCTP   = 132
+	protoLite   = 136
 
 	nextHopByHop    = 0
 	nextRouting     = 43
@@ -229,6 +230,8 @@ func (p packet) transport(ip gopacket.NetworkLayer) []byte {
 		payload, layer = payload[4:], icmp
 	case protoSCTP:
 		return p.sctp()
+	case protoLite:
+		return p.udpLite()
 	default:
 		return payload
 	}
@@ -279,7 +282,7 @@ func (p packet) checksumAt() int {
 	switch p.proto {
 	case protoTCP:
 		return p.headerLen() + 16
-	case protoUDP:
+	case protoUDP, protoLite:
 		return p.headerLen() + 6
 	case protoSCTP:
 		return p.headerLen() + 8

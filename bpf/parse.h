@@ -74,7 +74,7 @@ static __always_inline enum parsed parse_transport(struct __sk_buff *skb, struct
 		h->kind = KIND_FLOW;
 		if (quoted)
 			return PARSED;
-		if (t->proto == IPPROTO_UDP)
+		if (is_udp(t->proto))
 			return h->l4 + 8 > h->end ? PARSED_MALFORMED : PARSED;
 		if (t->proto == IPPROTO_SCTP) {
 			int flags = sctp_flags(skb, h->l4, h->end);

@@ -169,6 +169,7 @@ var (
 	udp     = protocol{"udp", fixedProto(protoUDP), false}
 	udpZero = protocol{"udp-checksum-0", fixedProto(protoUDP), true}
 	sctp    = protocol{"sctp", fixedProto(protoSCTP), false}
+	udpLite = protocol{"udp-lite", fixedProto(protoLite), false}
 	// what a container's socket sends: the checksum is left to a device
 	sctpZero = protocol{"sctp-checksum-0", fixedProto(protoSCTP), true}
 	echo     = protocol{"echo", func(f family) uint8 { return f.icmp }, false}

@@ -30,7 +30,8 @@ struct plan {
 	enum translation translation;
 	enum device_class original_class;
 	enum device_class reply_class;
-	__u8 map; /* one outside port per inside endpoint */
+	__u8 map;    /* one outside port per inside endpoint */
+	__u8 target; /* it is begun to the outside port of a mapping */
 	__u32 original_ifindex;
 	__u32 reply_ifindex;
 	__u32 uplink;
@@ -38,14 +39,12 @@ struct plan {
 	__u16 last;
 	__u8 outside;  /* the claim's destination is an address of the host */
 	__u8 takeover; /* an ended flow with the same original tuple is replaced */
-	__u8 old_mapped;
+	enum held old_held;
 	__u8 queued;   /* the expiry queue has the flow's entry already */
 	__u8 absent;   /* nothing was found under the original tuple just now */
 	__u8 tcp;      /* what the first packet shows */
 	__u8 reversed; /* replaced is a flow that the other side had begun */
-	__u8 pad;
-	__u16 leaves; /* standing.uplink of the original half */
-	__u16 pad2;
+	__u16 leaves;  /* standing.uplink of the original half */
 	__u32 packets; /* it is, and how long; 0: it is counted later */
 	__u32 bytes;
 	struct lease lease;	   /* of the original half, from the beginning */
@@ -76,6 +75,12 @@ static __always_inline __u16 uplink_index(__u32 ifindex)
 	return ifindex % UPLINK_INDEX + 1;
 }
 
+/* What the flow will hold. */
+static __always_inline enum held plan_holds(const struct plan *plan)
+{
+	return (plan->map ? HELD_SOURCE : 0) | (plan->target ? HELD_TARGET : 0);
+}
+
 static __always_inline void plan_begin(const struct packet *p, struct plan *plan)
 {
 	plan->original = p->h.tuple;
@@ -85,6 +90,7 @@ static __always_inline void plan_begin(const struct packet *p, struct plan *plan
 	plan->generation = 0;
 	plan->translation = TRANSLATION_IDENTITY;
 	plan->map = false;
+	plan->target = false;
 	plan->outside = false;
 	plan->takeover = false;
 	plan->reversed = false;

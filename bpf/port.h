@@ -22,7 +22,7 @@ enum claimed {
 	CLAIM_NONE, /* no try succeeded so far */
 	CLAIM_DONE,
 	CLAIM_SAME,   /* another CPU has claimed it for this very flow */
-	CLAIM_OTHERS, /* another CPU gave the endpoint a mapping meanwhile */
+	CLAIM_OTHERS, /* the endpoint has a mapping with another port than its own */
 	CLAIM_FULL,
 	CLAIM_NO_MEMORY,
 };
@@ -80,8 +80,7 @@ __noinline enum claimed claim_insert(void)
 			return claim_error(err);
 		plan->entry.id = plan->old_id;
 		plan->queued = true;
-		if (plan->old_mapped)
-			mapping_drop(&plan->original, claim);
+		mappings_drop(plan->old_held, &plan->original, claim);
 		return CLAIM_DONE;
 	}
 	plan->half.standing.id = plan->entry.id;
@@ -135,6 +134,7 @@ static long try_port(__u32 i, void *context)
 	struct plan *plan = probe->plan;
 	struct tuple *claim = &plan->entry.claim;
 	__u16 wanted = bpf_ntohs(plan->original.sport);
+	enum mapped mapped;
 	__u32 port;
 
 	if (!i) {
@@ -144,8 +144,13 @@ static long try_port(__u32 i, void *context)
 	} else {
 		if (i > probe->size)
 			return 1;
-		if (i == 1)
+		if (i == 1) {
+			if (plan->map && mapping_moved(&plan->original, &claim->dst)) {
+				probe->result = CLAIM_OTHERS;
+				return 1;
+			}
 			probe->hash = probe_hash();
+		}
 		/* a small range is gone through, so that its last free port is found */
 		if (probe->size <= PORT_TRIES)
 			port = plan->first + (probe->hash + i) % probe->size;
@@ -157,17 +162,18 @@ static long try_port(__u32 i, void *context)
 	if (plan->outside && port_is_used(probe->skb))
 		return 0;
 	if (plan->map) {
-		switch (mapping_make(&plan->original, claim)) {
-		case MAPPED:
-			break;
-		case MAPPED_TAKEN:
-			return 0;
-		case MAPPED_OTHERS:
-			probe->result = CLAIM_OTHERS;
-			return 1;
-		case MAPPED_FULL: /* then without one */
-			return 1;
+		mapped = mapping_make(&plan->original, claim);
+		if (mapped == MAPPED_MOVED) {
+			mapped = mapping_enter(&plan->original, claim);
+			if (mapped != MAPPED)
+				mapping_drop(&plan->original, claim);
 		}
+		if (mapped == MAPPED_TAKEN)
+			return 0;
+		if (mapped == MAPPED_OTHERS)
+			probe->result = CLAIM_OTHERS;
+		if (mapped != MAPPED) /* for want of memory, without one */
+			return 1;
 	}
 	probe->result = claim_insert();
 	if (plan->map && probe->result != CLAIM_DONE)
@@ -175,22 +181,19 @@ static long try_port(__u32 i, void *context)
 	return probe->result != CLAIM_NONE;
 }
 
+/* By the mapping that the endpoint has with the port claim->dport. */
 static __always_inline enum claimed claim_mapped(struct plan *plan)
 {
 	struct tuple *claim = &plan->entry.claim;
 	enum claimed result = CLAIM_NONE;
-	__u16 port;
+	__u16 port = bpf_ntohs(claim->dport);
 
-	if (!mapping_hold(&plan->original, claim))
+	/* a rule's range may have changed since */
+	if (port < plan->first || port > plan->last || !mapping_hold(&plan->original, claim))
 		return CLAIM_NONE;
-	port = bpf_ntohs(claim->dport);
-	/* the rule's range may have changed since */
-	if (port >= plan->first && port <= plan->last)
-		result = claim_insert();
-	if (result == CLAIM_DONE)
-		return CLAIM_DONE;
-	mapping_drop(&plan->original, claim);
-	plan->map = false;
+	result = claim_insert();
+	if (result != CLAIM_DONE)
+		mapping_drop(&plan->original, claim);
 	return result;
 }
 
@@ -223,16 +226,21 @@ static __always_inline enum claimed claim(struct __sk_buff *skb, struct plan *pl
 	enum claimed result = CLAIM_NONE;
 	bool share = plan->map;
 
-	if (plan->map)
+	if (plan->map) {
+		plan->entry.claim.dport = plan->original.sport;
 		result = claim_mapped(plan);
-	if (plan->map && result == CLAIM_NONE)
-		result = claim_probe(skb, plan);
-	if (result == CLAIM_OTHERS)
-		result = claim_mapped(plan);
+		if (result == CLAIM_NONE)
+			result = claim_probe(skb, plan);
+		if (result == CLAIM_OTHERS) {
+			plan->entry.claim.dport =
+				mapping_moved(&plan->original, &plan->entry.claim.dst);
+			result = claim_mapped(plan);
+		}
+	}
 	if (result != CLAIM_NONE)
 		return result;
 	plan->map = false;
-	plan->half.standing.mapped = false;
+	plan->half.standing.held &= ~HELD_SOURCE;
 	result = claim_probe(skb, plan);
 	if (share && result == CLAIM_DONE)
 		count(PORTS_SHARED);

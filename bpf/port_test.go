@@ -1,7 +1,6 @@
 package bpf_test
 
 import (
-	"encoding/binary"
 	"net/netip"
 	"slices"
 	"testing"
@@ -31,7 +30,7 @@ func (f family) third() netip.Addr { return f.other.Next() }
 func TestPortClash(t *testing.T) {
 	d := load(t, 64)
 	for _, f := range families {
-		for _, p := range []protocol{tcp, udp, udpZero, sctp, sctpZero, echo} {
+		for _, p := range []protocol{tcp, udp, udpZero, udpLite, sctp, sctpZero, echo} {
 			d.each(f.name+"/"+p.name, func(d *datapath) {
 				masquerade(d, f)
 				a := d.path(f, p).as(f.uplink, 0)
@@ -80,124 +79,6 @@ func TestPortClass(t *testing.T) {
 			}
 		}
 	}
-}
-
-// TCP shares a port among destinations; a UDP port belongs to one endpoint (RFC 4787 REQ-3),
-// which has it towards all destinations (REQ-1).
-func TestMappings(t *testing.T) {
-	d := load(t, 64)
-	for _, f := range families {
-		worlds := []netip.AddrPort{at(f.world, 443), at(f.world, 444), at(f.router, 443), at(f.gateway, 53)}
-		d.each(f.name+"/tcp-shares", func(d *datapath) {
-			masquerade(d, f)
-			c := d.path(f, tcp).as(f.uplink, 0)
-			for i, w := range worlds {
-				container := []netip.Addr{f.container, f.other}[i%2]
-				if got := c.by(container, 40000).toward(w).open().outside.Port(); got != 40000 {
-					d.Errorf("port 40000 towards %s became %d", w, got)
-				}
-			}
-		})
-		d.each(f.name+"/udp-keeps", func(d *datapath) {
-			masquerade(d, f)
-			c := d.path(f, udp).as(f.uplink, 0)
-			c.by(f.other, 40000).open() // so that the port must move
-			moved := c.open()
-			if moved.outside.Port() == 40000 {
-				d.Fatal("two endpoints have port 40000")
-			}
-			for _, w := range worlds {
-				again := moved.toward(w)
-				again.sends("", "x")
-				again.receives("", "y")
-			}
-			if n, moved := len(d.mappings()), d.moved(); n != 2 || moved != 1 {
-				d.Errorf("%d mappings, %d of them of ports that moved, want one for each of two endpoints, and one that moved", n, moved)
-			}
-			for _, m := range d.mappings() {
-				want := uint32(1)
-				if goAddr(m.Inside, bpf.NATFamily(f.abi())) == f.container {
-					want = uint32(len(worlds)) | uint32(bpf.NATMappingBitsMAPPING_MOVED)
-				}
-				if uint32(m.Hold) != want {
-					d.Errorf("mapping %v is held by %x, want %x", m, uint32(m.Hold), want)
-				}
-			}
-		})
-		d.each(f.name+"/udp-shares-when-none-is-left", func(d *datapath) {
-			d.setRules(ruleSet{snat: []snatRule{{source: f.subnet, first: f.second, last: f.second, ports: portRange{20000, 20001}}}})
-			c := d.path(f, udp).as(f.second, 0)
-			c.by(f.container, 1).open()
-			c.by(f.other, 1).open()
-			if got := c.by(f.third(), 1).tryOpen(); got != 0 {
-				d.Errorf("port %d for a third endpoint towards the same destination", got)
-			}
-			before := d.counts()
-			third := c.by(f.third(), 1).toward(worlds[1]).open()
-			third.receives("", "reply")
-			if n := d.counts().since(before)[bpf.NATCounterPORTS_SHARED]; n != 1 {
-				d.Errorf("ports shared: %d, want 1", n)
-			}
-		})
-	}
-}
-
-// outsideHash is outside_hash() of mapping.h.
-func outsideHash(address netip.Addr, proto uint8) uint32 {
-	bytes := address.As16()
-	var hash uint64
-	for _, word := range []uint64{
-		binary.NativeEndian.Uint64(bytes[:8]), binary.NativeEndian.Uint64(bytes[8:]), uint64(proto),
-	} {
-		hash = (hash ^ word) * 0x9e3779b97f4a7c15
-		hash ^= hash >> 29
-	}
-	return uint32(hash >> 32)
-}
-
-// Two outside ports that meet in one place of the table are never two endpoints' at a time: the
-// second endpoint gets another port, one towards all destinations, and each gets its replies.
-func TestMappingsMeet(t *testing.T) {
-	d := load(t, 64)
-	for _, f := range families {
-		d.each(f.name, func(d *datapath) {
-			host := func(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
-			d.setRules(ruleSet{snat: []snatRule{
-				{source: host(f.container), first: f.uplink, last: f.uplink},
-				{source: host(f.other), first: f.second, last: f.second},
-			}})
-			first := uint16(40000)
-			meets := uint16(uint32(first) + outsideHash(f.uplink, protoUDP) - outsideHash(f.second, protoUDP))
-			for meets < 1024 { // another class of ports
-				first += 1000
-				meets += 1000
-			}
-			a := d.path(f, udp).as(f.uplink, 0).by(f.container, first).open()
-			b := d.path(f, udp).as(f.second, 0).by(f.other, meets).open()
-			if a.outside.Port() != first || b.outside.Port() == meets {
-				d.Fatalf("ports %d and %d became %d and %d, want the second one moved", first, meets, a.outside.Port(), b.outside.Port())
-			}
-			for _, c := range []path{a, b} {
-				c.toward(at(f.router, 443)).sends("", "x")
-				c.toward(at(f.router, 443)).receives("", "y")
-				c.receives("", "z")
-			}
-			if n, moved := len(d.mappings()), d.moved(); n != 2 || moved != 1 {
-				d.Errorf("%d mappings, %d of them moved, want 2 and 1", n, moved)
-			}
-			d.emptied()
-			if c := d.path(f, udp).as(f.second, 0).by(f.other, meets).open(); c.outside.Port() != meets {
-				d.Errorf("port %d became %d though its place is free again", meets, c.outside.Port())
-			}
-		})
-	}
-}
-
-func (f family) abi() bpf.NATFamily {
-	if f.name == "ipv4" {
-		return bpf.NATFamilyFAMILY_IPV4
-	}
-	return bpf.NATFamilyFAMILY_IPV6
 }
 
 // Every port of a range is given out, and then none: refused and counted, what is there stays.

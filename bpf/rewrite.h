@@ -25,6 +25,7 @@ static __always_inline __u32 checksum_offset(const struct tuple *t)
 	case IPPROTO_TCP:
 		return offsetof(struct tcphdr, check);
 	case IPPROTO_UDP:
+	case IPPROTO_UDPLITE:
 		return 6;
 	case IPPROTO_ICMP:
 	case IPPROTO_ICMPV6:
@@ -71,7 +72,7 @@ static __always_inline long rewrite_addrs(struct packet *p, const struct addr *s
 		diff = addr_diff(&from->src, src, diff);
 	if (destination)
 		diff = addr_diff(&from->dst, dst, diff);
-	if (from->proto == IPPROTO_UDP)
+	if (is_udp(from->proto))
 		flags |= BPF_F_MARK_MANGLED_0; /* 0 is "none" and stays, a sum of 0 is ffff */
 	/* a later fragment has no transport header; ICMP of IPv4 no pseudo header */
 	if (check && p->h.fragment != FRAGMENT_LATER && from->proto != IPPROTO_ICMP)
@@ -121,7 +122,7 @@ static __always_inline long rewrite_ports(struct packet *p, const struct tuple *
 		if (from->proto == IPPROTO_SCTP)
 			return sctp_rewrite_ports(skb, p->h.l4, p->h.end - p->h.l4, *(__be32 *)&old,
 						  *(__be32 *)&new);
-		if (from->proto == IPPROTO_UDP) {
+		if (is_udp(from->proto)) {
 			__be16 sum = 0;
 
 			/* without a checksum nothing makes up for the ports in skb->csum */

@@ -250,6 +250,7 @@ func (d *datapath) mappings() map[uint32]bpf.NATMapping {
 	d.Helper()
 	var (
 		cursor ebpf.MapBatchCursor
+		places = int(d.Mappings.MaxEntries())
 		keys   = make([]uint32, places)
 		values = make([]bpf.NATMapping, places)
 	)

@@ -391,12 +391,12 @@ func TestConfigFollowsOptions(t *testing.T) {
 	timeouts := state.DefaultTimeouts()
 	timeouts.UDP *= 2
 	opts := h.options(Auto)
-	opts.AllowDirect, opts.NoIsolation, opts.PassUnmanaged, opts.Timeouts = true, true, true, &timeouts
+	opts.AllowDirect, opts.NoIsolation, opts.PassUnmanaged, opts.AnySender, opts.Timeouts = true, true, true, true, &timeouts
 	got := h.attach(opts).Config
 	cookie, err := netnsCookie()
 	must(t, err)
 	want := state.Config{Live: true, NetnsCookie: cookie, MaxFlows: 4096, AllowDirect: true, NoIsolation: true,
-		PassUnmanaged: true, FastPath: state.FastPathEstablished, Mark: 1 << DefaultMark, Timeouts: timeouts}
+		PassUnmanaged: true, AnySender: true, FastPath: state.FastPathEstablished, Mark: 1 << DefaultMark, Timeouts: timeouts}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
@@ -404,7 +404,7 @@ func TestConfigFollowsOptions(t *testing.T) {
 	if _, err := Attach(context.Background(), h.inst, opts, nil); err == nil {
 		t.Error("negative timeout: no error")
 	}
-	want.AllowDirect, want.NoIsolation, want.PassUnmanaged = false, false, false
+	want.AllowDirect, want.NoIsolation, want.PassUnmanaged, want.AnySender = false, false, false, false
 	if diff := cmp.Diff(want, h.attach(AttachOptions{Spec: small(0)}).Config); diff != "" {
 		t.Error("plain attach keeps sizes and timeouts alone:", diff)
 	}

@@ -81,6 +81,7 @@ type AttachOptions struct {
 	AllowDirect      bool           // containers can be reached by their own address
 	NoIsolation      bool           // the bridges reach each other
 	PassUnmanaged    bool           // containers' traffic may leave by devices that are not named
+	AnySender        bool           // endpoint-independent filtering: whoever sends to a container's outside UDP port reaches it
 	Timeouts         *maps.Timeouts // nil: as they are, maps.DefaultTimeouts at first
 	FastPath         FastPath
 	Mark             *uint8 // bit 0 to 31 of the packet mark, on redirected packets for a moment; nil: DefaultMark
@@ -145,6 +146,7 @@ func (o AttachOptions) config(have maps.Config, fast maps.FastPath) maps.Config 
 	have.AllowDirect = o.AllowDirect
 	have.NoIsolation = o.NoIsolation
 	have.PassUnmanaged = o.PassUnmanaged
+	have.AnySender = o.AnySender
 	have.Routed = o.NoMasquerade
 	return have
 }

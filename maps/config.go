@@ -39,6 +39,10 @@ type Config struct {
 	// Routed means that containers without an SNAT rule leave untranslated.
 	Routed bool
 
+	// AnySender opens the outside port of a container's UDP endpoint to all, not only to whom it has sent to
+	// (endpoint-independent filtering, RFC 4787 REQ-8).
+	AnySender bool
+
 	// FastPath says who may pass by the host's stack.
 	FastPath FastPath
 
@@ -108,6 +112,7 @@ func (s *State) Config() (Config, error) {
 		NoIsolation:   flag(bpf.NATConfigFlagCONFIG_NO_ISOLATION),
 		PassUnmanaged: flag(bpf.NATConfigFlagCONFIG_PASS_UNMANAGED),
 		Routed:        flag(bpf.NATConfigFlagCONFIG_ROUTED),
+		AnySender:     flag(bpf.NATConfigFlagCONFIG_ANY_SENDER),
 		FastPath:      FastPath(raw.FastPath),
 		Mark:          raw.Mark,
 	}
@@ -145,6 +150,7 @@ func (s *State) SetConfig(c Config) error {
 		bpf.NATConfigFlagCONFIG_NO_ISOLATION:   c.NoIsolation,
 		bpf.NATConfigFlagCONFIG_PASS_UNMANAGED: c.PassUnmanaged,
 		bpf.NATConfigFlagCONFIG_ROUTED:         c.Routed,
+		bpf.NATConfigFlagCONFIG_ANY_SENDER:     c.AnySender,
 	} {
 		if on {
 			raw.Flags |= flag

@@ -35,7 +35,7 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 		bpf.NATCounterDROP_FRAGMENT:         {"fragment", "A fragment belonged to a datagram whose first fragment was refused, or overlapped that one."},
 		bpf.NATCounterDROP_FRAGMENT_NO_ROOM: {"fragment-no-room", "A fragment came before the first one of its datagram, and four were waiting for that already, or 256 for others."},
 		bpf.NATCounterDROP_FRAGMENT_ALONE:   {"fragment-alone", "A fragment waited two seconds for the first one of its datagram, which did not come."},
-		bpf.NATCounterDROP_PROTOCOL:         {"protocol", "A container used a protocol that is not translated: TCP, UDP, SCTP and ICMP are."},
+		bpf.NATCounterDROP_PROTOCOL:         {"protocol", "A container used a protocol that is not translated: TCP, UDP, UDP-Lite, SCTP and ICMP are."},
 		bpf.NATCounterDROP_LOOPBACK:         {"loopback", "A packet from outside or from a container was sent to or from a loopback address."},
 		bpf.NATCounterDROP_SPOOFED_ADDRESS:  {"spoofed-address", "A packet had an address that its sender has no right to: a container one that is not its own, or somebody else a container's."},
 		bpf.NATCounterDROP_SPOOFED_MAC:      {"spoofed-mac", "A container sent with a MAC address that is not its own."},

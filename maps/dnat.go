@@ -80,8 +80,8 @@ func endpoint(addresses string, v6 bool, ports PortRange) string {
 
 // checkKey validates what tells rules apart: all but the target and the allow list.
 func (r DNATRule) checkKey() error {
-	if !r.Protocol.hasPorts() {
-		return invalid("protocol %s: has no ports to publish: use tcp, udp or sctp", r.Protocol)
+	if !r.Protocol.isPublished() {
+		return invalid("protocol %s: ports of it are not published: use tcp, udp or sctp", r.Protocol)
 	}
 	if r.Destination.IsValid() {
 		if err := checkAddress(r.Destination, "destination"); err != nil {

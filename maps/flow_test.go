@@ -144,6 +144,7 @@ func TestFlowStatesAndTimeouts(t *testing.T) {
 	published := [2]Tuple{tuple(UDP, "198.51.100.9:5", "203.0.113.2:53"), tuple(UDP, "172.17.0.2:53", "198.51.100.9:5")}
 	game := [2]Tuple{tuple(UDP, "172.17.0.2:5", "1.1.1.1:443"), tuple(UDP, "1.1.1.1:443", "203.0.113.2:5")}
 	signalling := [2]Tuple{tuple(SCTP, "172.17.0.2:5", "1.1.1.1:36412"), tuple(SCTP, "1.1.1.1:36412", "203.0.113.2:5")}
+	lite := [2]Tuple{tuple(UDPLite, "172.17.0.2:5", "1.1.1.1:443"), tuple(UDPLite, "1.1.1.1:443", "203.0.113.2:5")}
 	oneWay := func(p *pair) { p.reply.Packets = 0 }
 	tcp := func(original, reply bpf.NATTcpSeen) func(*pair) {
 		return func(p *pair) { p.original.Tcp, p.reply.Tcp = original, reply }
@@ -178,6 +179,8 @@ func TestFlowStatesAndTimeouts(t *testing.T) {
 		"udp routed":          {Identity, dns, nil, FlowAnswered, timeouts.UDPWellKnown},
 		"udp published":       {DNAT, published, nil, FlowAnswered, timeouts.UDP},
 		"udp published, new":  {DNAT, published, oneWay, FlowNew, timeouts.UDPNew},
+		"udplite answered":    {SNAT, lite, nil, FlowAnswered, timeouts.UDP},
+		"udplite new":         {SNAT, lite, oneWay, FlowNew, timeouts.UDPNew},
 		"icmp new":            {SNAT, ping, oneWay, FlowNew, timeouts.ICMP},
 		"icmp answered":       {SNAT, ping, nil, FlowAnswered, timeouts.ICMP},
 		"marked":              {SNAT, web, func(p *pair) { p.original.Standing.Life = bpf.NATLifeLIFE_ORIGINAL_ENDING }, FlowEnding, 0},

@@ -126,7 +126,7 @@ func timeoutOf(f Flow, original, reply bpf.NATTcpSeen) bpf.NATTimeout {
 			return bpf.NATTimeoutTIMEOUT_TCP_ESTABLISHED
 		}
 		return bpf.NATTimeoutTIMEOUT_TCP_TRANSITORY
-	case UDP:
+	case UDP, UDPLite:
 		switch {
 		case wellKnown(f.Original.Dst.Port()) && f.Translation != DNAT && f.Translation != Hairpin:
 			return bpf.NATTimeoutTIMEOUT_UDP_WELL_KNOWN

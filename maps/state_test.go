@@ -19,7 +19,7 @@ func TestConfigRoundTrip(t *testing.T) {
 	for _, want := range []Config{
 		{Timeouts: DefaultTimeouts()},
 		{Live: true, NetnsCookie: 1 << 63, MaxFlows: 7, AllowDirect: true, PassUnmanaged: true, Timeouts: DefaultTimeouts()},
-		{NoIsolation: true, Routed: true, Timeouts: Timeouts{
+		{NoIsolation: true, Routed: true, AnySender: true, Timeouts: Timeouts{
 			time.Second, 20 * time.Millisecond, 600 * time.Hour, 1500 * time.Millisecond, 3 * time.Second, 4 * time.Second, 5 * time.Second}},
 	} {
 		if err := s.SetConfig(want); err != nil {

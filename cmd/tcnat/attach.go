@@ -95,6 +95,7 @@ type attachWords struct {
 	isolate      bool
 	allowDirect  bool
 	unmanaged    once[bool]
+	filtering    once[bool] // endpoint-independent
 	fastPath     once[loader.FastPath]
 	mark         once[uint8]
 	cgroup       once[string] // of attach alone
@@ -116,10 +117,14 @@ func (w *attachWords) bind(cmd *cobra.Command) {
 		"WHO may pass by the host's stack: auto, established, always, off (default auto: established where no connections are tracked, else off)",
 		word("fast-path", fastPathWords(), "auto", "established", "always", "off"))
 	bindOnce(fs, &w.mark, "mark", "", "BIT", fmt.Sprintf("the BIT of the packet mark that the fast path uses, 0 to 31 (default %d)", loader.DefaultMark), parseMark)
-	bindUnbuilt(fs, "max-new", "max-flows-per-source", "internal", "filtering", "protocols")
+	bindOnce(fs, &w.filtering, "filtering", "", "WHO",
+		"WHO reaches the outside port of a container's UDP endpoint: endpoint-dependent (whom it has sent to), endpoint-independent (all) (default endpoint-dependent)",
+		word("filtering", filteringWords(), "endpoint-dependent", "endpoint-independent"))
+	bindUnbuilt(fs, "max-new", "max-flows-per-source", "internal", "protocols")
 	completeDevices(cmd, "bridge", "uplink")
 	completeWords(cmd, "fast-path", "auto", "established", "always", "off")
 	completeWords(cmd, "unmanaged-devices", "drop", "pass")
+	completeWords(cmd, "filtering", "endpoint-dependent", "endpoint-independent")
 }
 
 func (w *attachWords) options() (loader.AttachOptions, error) {
@@ -140,12 +145,18 @@ func (w *attachWords) options() (loader.AttachOptions, error) {
 		AllowDirect:   w.allowDirect,
 		NoIsolation:   !w.isolate,
 		PassUnmanaged: w.unmanaged.value,
+		AnySender:     w.filtering.value,
 		FastPath:      w.fastPath.value,
 	}
 	if w.mark.isSet {
 		options.Mark = &w.mark.value
 	}
 	return options, nil
+}
+
+// filteringWords tell whether any sender may use a UDP endpoint's outside port.
+func filteringWords() map[string]bool {
+	return map[string]bool{"endpoint-dependent": false, "endpoint-independent": true}
 }
 
 func fastPathWords() map[string]loader.FastPath {

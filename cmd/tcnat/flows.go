@@ -54,8 +54,8 @@ protocol (TCP and UDP alone can), no-room, off.`,
 		}),
 	}
 	flushed.bind(flush.Flags())
-	completeWords(list, "protocol", "tcp", "udp", "sctp", "icmp", "icmpv6")
-	completeWords(flush, "protocol", "tcp", "udp", "sctp", "icmp", "icmpv6")
+	completeWords(list, "protocol", "tcp", "udp", "udplite", "sctp", "icmp", "icmpv6")
+	completeWords(flush, "protocol", "tcp", "udp", "udplite", "sctp", "icmp", "icmpv6")
 	noun := newNoun("flows", "the conversations that are translated", "  tcnat flows list", list, flush)
 	noun.AddCommand(newUnbuilt("watch")...)
 	return noun
@@ -71,7 +71,7 @@ type flowWords struct {
 }
 
 func (w *flowWords) bind(fs *pflag.FlagSet) {
-	bindOnce(fs, &w.protocol, "protocol", "p", "PROTO", "only PROTO: tcp, udp, sctp, icmp, icmpv6", parseFlowProtocol)
+	bindOnce(fs, &w.protocol, "protocol", "p", "PROTO", "only PROTO: tcp, udp, udplite, sctp, icmp, icmpv6", parseFlowProtocol)
 	bindOnce(fs, &w.source, "source", "s", "CIDR", "only flows that a host in CIDR began", parsePrefix)
 	bindOnce(fs, &w.destination, "destination", "d", "CIDR", "only flows to a host in CIDR, as their first packet had it", parsePrefix)
 	bindOnce(fs, &w.dport, "dport", "", "PORT", "only flows to PORT, as their first packet had it", named("--dport", parsePort))
@@ -91,7 +91,7 @@ func (w *flowWords) filter() maps.FlowFilter {
 func parseFlowProtocol(text string) (maps.Protocol, error) {
 	protocol, err := maps.ParseProtocol(text)
 	if err != nil {
-		return 0, fmt.Errorf("-p %s: not a protocol that has flows (tcp, udp, sctp, icmp, icmpv6)", quoteEmpty(text))
+		return 0, fmt.Errorf("-p %s: not a protocol that has flows (tcp, udp, udplite, sctp, icmp, icmpv6)", quoteEmpty(text))
 	}
 	return protocol, nil
 }

@@ -11,7 +11,6 @@ func TestWrongUsage(t *testing.T) {
 	for line, want := range map[string]string{
 		// Words of the manual that are not built yet.
 		"attach --bridge b --uplink u --internal":                  "tcnat attach: --internal: not built yet",
-		"attach --bridge b --uplink u --filtering x":               "tcnat attach: --filtering: not built yet",
 		"attach --bridge b --uplink u --protocols 47":              "tcnat attach: --protocols: not built yet",
 		"attach --bridge b --uplink u --max-new 3":                 "tcnat attach: --max-new: not built yet",
 		"attach --bridge b --uplink u --max-flows-per-source 3":    "tcnat attach: --max-flows-per-source: not built yet",
@@ -49,6 +48,7 @@ func TestWrongUsage(t *testing.T) {
 		"attach --bridge docker0 --uplink eth0 --max-flows 0":                     "tcnat attach: --max-flows 0: no flow at all would fit",
 		"attach --bridge docker0 --uplink eth0 --max-flows many":                  "tcnat attach: --max-flows many: not a number of flows",
 		"attach --bridge docker0 --uplink eth0 --unmanaged-devices allow":         "tcnat attach: --unmanaged-devices allow: takes drop, pass",
+		"attach --bridge docker0 --uplink eth0 --filtering none":                  "tcnat attach: --filtering none: takes endpoint-dependent, endpoint-independent",
 		"attach --bridge docker0 --uplink eth0 --isolate=maybe":                   "tcnat attach: --isolate maybe: takes true or false",
 		"attach --bridge docker0 --uplink eth0 --fast-path often":                 "tcnat attach: --fast-path often: takes auto, established, always, off",
 		"attach --bridge docker0 --uplink eth0 --cgroup here":                     "tcnat attach: --cgroup here: takes a path from / on, auto, or none",
@@ -59,7 +59,7 @@ func TestWrongUsage(t *testing.T) {
 		"attach --bridge docker0 --uplink eth0 --mark 0x10":                       "tcnat attach: --mark 0x10: takes a bit's number, 0 to 31",
 		"load":                                  "tcnat load: --bridge and --uplink are needed: the containers' bridge and the device that leads to the world",
 		"flows list --dport 99999":              "tcnat flows list: --dport 99999: port 99999 is over 65535",
-		"flows list -p gre":                     "tcnat flows list: -p gre: not a protocol that has flows (tcp, udp, sctp, icmp, icmpv6)",
+		"flows list -p gre":                     "tcnat flows list: -p gre: not a protocol that has flows (tcp, udp, udplite, sctp, icmp, icmpv6)",
 		"flows flush --container 172.17.0.0/16": "tcnat flows flush: 172.17.0.0/16: takes one address, not a prefix",
 		"snat list -o yaml":                     "tcnat snat list: --output yaml: takes table, json",
 		"status --output":                       "tcnat status: --output: its value is missing",
@@ -100,7 +100,7 @@ func TestCompletion(t *testing.T) {
 		"attach --attach ":                   "auto tcx clsact",
 		"attach --unmanaged-devices ":        "drop pass",
 		"dnat add -p ":                       "tcp udp sctp",
-		"flows list --protocol ":             "tcp udp sctp icmp icmpv6",
+		"flows list --protocol ":             "tcp udp udplite sctp icmp icmpv6",
 		"status -o ":                         "table json",
 		"dnat add -p tcp --dport 1 --to-d":   "--to-destination",
 		"attach --fast-":                     "--fast-path",

@@ -172,6 +172,7 @@ type (
 		Masquerade       bool              `json:"masquerade"`
 		Isolate          bool              `json:"isolate"`
 		AllowDirect      bool              `json:"allow_direct"`
+		Filtering        string            `json:"filtering"`
 		UnmanagedDevices string            `json:"unmanaged_devices"`
 		Timeouts         map[string]string `json:"timeouts"`
 	}
@@ -226,6 +227,7 @@ func (r *report) entry() statusEntry {
 			Masquerade:       !r.Config.Routed,
 			Isolate:          !r.Config.NoIsolation,
 			AllowDirect:      r.Config.AllowDirect,
+			Filtering:        filteringText(r.Config),
 			UnmanagedDevices: unmanagedText(r.Config),
 			Timeouts:         timeoutTexts(r.Config.Timeouts),
 		},
@@ -291,6 +293,13 @@ func unmanagedText(config maps.Config) string {
 		return "pass"
 	}
 	return "drop"
+}
+
+func filteringText(config maps.Config) string {
+	if config.AnySender {
+		return "endpoint-independent"
+	}
+	return "endpoint-dependent"
 }
 
 func timeoutTexts(timeouts maps.Timeouts) map[string]string {

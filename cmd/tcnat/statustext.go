@@ -77,6 +77,9 @@ func (r *report) optionsText() string {
 	if r.Config.Routed {
 		words = append(words, "no masquerade")
 	}
+	if r.Config.AnySender {
+		words = append(words, filteringText(r.Config)+" filtering")
+	}
 	return strings.Join(append(words, "unmanaged devices: "+unmanagedText(r.Config)), ", ")
 }
 

@@ -59,10 +59,12 @@ func newRig(t *testing.T, o lab.Options) *rig {
 	return r
 }
 
-// attach attaches to the bridge and, where the options name no uplink, to eth0.
+// attach attaches to docker0 and to eth0, where the options name no others.
 func (r *rig) attach(t *testing.T, o loader.AttachOptions) loader.Status {
 	t.Helper()
-	o.Bridges = []string{lab.Bridge}
+	if o.Bridges == nil {
+		o.Bridges = []string{lab.Bridge}
+	}
 	if o.Uplinks == nil {
 		o.Uplinks = []string{lab.Uplink}
 	}

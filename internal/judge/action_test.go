@@ -153,7 +153,7 @@ const (
 	quoteHeard   quote = iota // what the sender has received of the flow
 	quoteSent                 // what the sender itself has sent
 	quoteMangled              // received, with a byte of its IP header changed
-	quoteOther                // received, with other ports
+	quoteOther                // received, with ports that no flow has
 	quoteNoise                // anything
 )
 
@@ -234,8 +234,14 @@ func (a errorAction) quoted(v *view, s step) []byte {
 		if isICMP(h.protocol) {
 			at = h.l4 + 4 + int(a.noise[0]&1)
 		}
-		if at < len(ip) {
-			ip[at] ^= a.noise[1] | 1
+		if at >= len(ip) {
+			break
+		}
+		// not those of another flow: which has them is for the NAT to choose, in each world
+		for was, flip := ip[at], a.noise[1]|1; ; flip += 2 {
+			if ip[at] = was ^ flip; !v.knows(ip) {
+				break
+			}
 		}
 	}
 	if a.cut >= 0 {

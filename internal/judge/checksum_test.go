@@ -53,6 +53,10 @@ func transportSum(src, dst []byte, protocol uint8, segment []byte) uint16 {
 
 // setChecksum fills in the checksum of a transport segment whose field is zero.
 func setChecksum(src, dst []byte, protocol uint8, segment []byte) {
+	if protocol == unix.IPPROTO_SCTP {
+		setSCTPChecksum(segment)
+		return
+	}
 	at := checksumAt(protocol)
 	if at < 0 || len(segment) < at+2 {
 		return

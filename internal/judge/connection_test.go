@@ -83,7 +83,7 @@ func (c *connection) finish(initiator bool, flags uint8) {
 // inOrder tells whether a segment is one that every NAT must let through at this point.
 func (c *connection) inOrder(initiator bool, flags uint8) bool {
 	flags &^= psh
-	if flags&ack != 0 && flags&rst == 0 {
+	if flags&ack != 0 && flags&(rst|syn) == 0 { // conntrack takes SYN, ACK and URG together for invalid
 		flags &^= urg
 	}
 	switch flags {

@@ -8,26 +8,47 @@ import (
 	"tcnat/internal/lab"
 )
 
+// features are parts of the generator that can be switched on and off.
+type features struct {
+	sctp bool // conversations of SCTP alone
+}
+
 // generator writes one script.
 type generator struct {
 	*rand.Rand
 	*script
+	features
 	cuts *rand.Rand // of its own: what a seed has said before fragments came stays so
 	port uint16     // the first of the conversation's block
 }
 
 // newScript writes the script of one conversation; the same seed and number give the same.
-func newScript(seed uint64, number int) *script {
+func newScript(seed uint64, number int, on features) *script {
 	g := &generator{
-		Rand:   rand.New(rand.NewPCG(seed, uint64(number))),
-		cuts:   rand.New(rand.NewPCG(^seed, uint64(number))),
-		script: &script{number: number, family: lab.IPv4},
-		port:   uint16(firstPort + number%maxTogether*portBlock),
+		Rand:     rand.New(rand.NewPCG(seed, uint64(number))),
+		features: on,
+		cuts:     rand.New(rand.NewPCG(^seed, uint64(number))),
+		script:   &script{number: number, family: lab.IPv4},
+		port:     uint16(firstPort + number%maxTogether*portBlock),
 	}
 	if g.IntN(2) == 1 {
 		g.family = lab.IPv6
 	}
-	// Kinds of conversations, each with its weight.
+	if on.sctp {
+		g.sctpKinds()
+	} else {
+		g.kinds()
+	}
+	parts := make([][]step, len(g.flows))
+	for i := range g.flows {
+		parts[i] = g.talk(i)
+	}
+	g.merge(parts)
+	return g.script
+}
+
+// kinds draws what kind of conversation it is, each with its weight.
+func (g *generator) kinds() {
 	g.oneOf([]choice{
 		{20, func() { g.outward(unix.IPPROTO_TCP, 1) }},
 		{15, func() { g.inward(unix.IPPROTO_TCP, 1) }},
@@ -39,12 +60,6 @@ func newScript(seed uint64, number int) *script {
 		{5, func() { g.clashInward() }},
 		{10, func() { g.outward(g.protocol(), 1); g.outward(g.protocol(), 1); g.inward(unix.IPPROTO_TCP, g.IntN(2)) }},
 	})
-	parts := make([][]step, len(g.flows))
-	for i := range g.flows {
-		parts[i] = g.talk(i)
-	}
-	g.merge(parts)
-	return g.script
 }
 
 // choice is one of several, as likely as its weight.
@@ -193,6 +208,8 @@ func (g *generator) talk(i int) []step {
 		t.tcp()
 	case t.flow.protocol == unix.IPPROTO_UDP:
 		t.udp()
+	case t.flow.protocol == unix.IPPROTO_SCTP:
+		t.sctp()
 	default:
 		t.echoes()
 	}
@@ -220,7 +237,7 @@ func (g *generator) shape() shape {
 	if g.percent(3) {
 		s.padding = 1 + g.IntN(40)
 	}
-	if g.cuts.IntN(100) < 6 {
+	if !g.sctp && g.cuts.IntN(100) < 6 { // its checksum does not follow ports in fragments
 		s.fragment, s.df = 8*(3+g.cuts.IntN(20)), false
 		if g.cuts.IntN(100) < 40 {
 			s.late = 1 + g.cuts.IntN(4) // no more are held

@@ -36,6 +36,12 @@ func knownDifferences() []knownDifference {
 			matches: tcpOutOfOrder,
 		},
 		{
+			name: "SCTP out of order",
+			why: "TCP window checks, which SCTP's verification tags are like: conntrack refuses packets with another tag, or " +
+				"out of its states. tcnat translates them, and who receives them judges.",
+			matches: strayOfSCTP,
+		},
+		{
 			name: "refused connection",
 			why: "Timer lengths: conntrack forgets a connection as soon as a SYN is answered by RST. tcnat keeps " +
 				"it for 4 minutes, since an RST may be forged (RFC 7857 section 2.2).",

@@ -29,17 +29,23 @@ func netfilterSysctls() map[string]string {
 		// arrives as wrong as it was: RFC 4787 says nothing of it, and this way it is compared.
 		"nf_conntrack_checksum": "0",
 		// Class: timer lengths. No conversation lasts longer, unless the machine stands still.
-		"nf_conntrack_udp_timeout":                "300",
-		"nf_conntrack_icmp_timeout":               "300",
-		"nf_conntrack_icmpv6_timeout":             "300",
-		"nf_conntrack_tcp_timeout_close":          "300",
-		"nf_conntrack_tcp_timeout_close_wait":     "300",
-		"nf_conntrack_tcp_timeout_last_ack":       "300",
-		"nf_conntrack_tcp_timeout_syn_sent":       "300",
-		"nf_conntrack_tcp_timeout_syn_recv":       "300",
-		"nf_conntrack_tcp_timeout_fin_wait":       "300",
-		"nf_conntrack_tcp_timeout_time_wait":      "300",
-		"nf_conntrack_tcp_timeout_unacknowledged": "300",
+		"nf_conntrack_udp_timeout":                    "300",
+		"nf_conntrack_icmp_timeout":                   "300",
+		"nf_conntrack_icmpv6_timeout":                 "300",
+		"nf_conntrack_tcp_timeout_close":              "300",
+		"nf_conntrack_tcp_timeout_close_wait":         "300",
+		"nf_conntrack_tcp_timeout_last_ack":           "300",
+		"nf_conntrack_tcp_timeout_syn_sent":           "300",
+		"nf_conntrack_tcp_timeout_syn_recv":           "300",
+		"nf_conntrack_tcp_timeout_fin_wait":           "300",
+		"nf_conntrack_tcp_timeout_time_wait":          "300",
+		"nf_conntrack_tcp_timeout_unacknowledged":     "300",
+		"nf_conntrack_sctp_timeout_closed":            "300",
+		"nf_conntrack_sctp_timeout_cookie_wait":       "300",
+		"nf_conntrack_sctp_timeout_cookie_echoed":     "300",
+		"nf_conntrack_sctp_timeout_shutdown_sent":     "300",
+		"nf_conntrack_sctp_timeout_shutdown_recd":     "300",
+		"nf_conntrack_sctp_timeout_shutdown_ack_sent": "300",
 	}
 }
 
@@ -61,12 +67,12 @@ func netfilterRules(w *world) string {
 			}
 		}
 		fmt.Fprintf(&b, "table %s nat {\n", table)
-		for _, name := range []string{"tcp", "udp"} {
+		for _, name := range []string{"tcp", "udp", "sctp"} {
 			fmt.Fprintf(&b, "  map %s_ports { type inet_service : %s . inet_service; elements = { %s }; }\n",
 				name, kind, strings.Join(elements[name], ", "))
 		}
 		fmt.Fprintf(&b, "  chain prerouting { type nat hook prerouting priority dstnat;\n")
-		for _, name := range []string{"tcp", "udp"} {
+		for _, name := range []string{"tcp", "udp", "sctp"} {
 			fmt.Fprintf(&b, "    iifname != %q fib daddr type local dnat to %s dport map @%s_ports\n", lab.Bridge, name, name)
 		}
 		fmt.Fprintf(&b, "  }\n  chain postrouting { type nat hook postrouting priority srcnat;\n")

@@ -84,6 +84,7 @@ func (p ports) normalize(ip []byte, made bool) []byte {
 	}
 	if !h.fragment && isICMP(h.protocol) && h.l4+icmpSize < len(ip) && isError(h.protocol, ip[h.l4]) {
 		p.restoreQuote(ip, h)
+		blankSCTPQuote(ip, h)
 	} else if !h.fragment {
 		p.restore(ip, h, false)
 	}
@@ -110,6 +111,9 @@ func (p ports) restore(ip []byte, h header, quoted bool) (changes []change) {
 	original := p.original(h.protocol, local, peer)
 	if original == peer.Port() {
 		return nil
+	}
+	if h.protocol == unix.IPPROTO_SCTP {
+		return restoreSCTP(ip, h, at, original)
 	}
 	binary.BigEndian.PutUint16(ip[at:], original)
 	changes = append(changes, change{at, peer.Port(), original})
@@ -194,6 +198,9 @@ func headerWrong(ip []byte, h header) bool {
 }
 
 func transportWrong(ip []byte, h header) bool {
+	if h.protocol == unix.IPPROTO_SCTP && !h.fragment {
+		return sctpWrong(ip[h.l4:])
+	}
 	at := checksumAt(h.protocol)
 	if at < 0 || h.fragment || h.l4+at+2 > len(ip) {
 		return false

@@ -99,6 +99,8 @@ func protocolName(protocol uint8) string {
 		return "tcp"
 	case protocol == 17:
 		return "udp"
+	case protocol == 132:
+		return "sctp"
 	case isICMP(protocol):
 		return "icmp"
 	}

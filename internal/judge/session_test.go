@@ -29,6 +29,7 @@ type judge struct {
 	mode     loader.FastPath
 	tell     func(...any) // nil, or told what each step came to
 	strict   string       // a known difference that is a failure nevertheless
+	on       features
 
 	packets int            // in each world
 	known   map[string]int // conversations, by known difference
@@ -96,7 +97,7 @@ func (j *judge) holdTogether(seed uint64, numbers []int) (findings []*difference
 	trials := map[int]*trial{}
 	steps := 0
 	for _, number := range numbers {
-		c := &trial{script: newScript(seed, number), mode: j.mode}
+		c := &trial{script: newScript(seed, number, j.on), mode: j.mode}
 		for i, w := range j.worlds {
 			c.views[i] = newView(c.script, w)
 		}

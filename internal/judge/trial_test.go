@@ -74,7 +74,7 @@ func (c *trial) finish(at int) *difference {
 				c.arrived[i][end] = join(c.arrived[i][end])
 			}
 			for _, ip := range c.arrived[i][end] {
-				if (s.from == f.initiator() || ofItsOwn(d.step)) && end == f.endOf(s.from.other()) {
+				if (s.from == f.initiator() || ofItsOwn(d.step) || c.reversed(s)) && end == f.endOf(s.from.other()) {
 					v.ports.learn(c.sent[i], ip)
 				}
 				d.normal[i][end] = append(d.normal[i][end], v.ports.normalize(ip, end == f.endOf(s.from)))
@@ -101,6 +101,14 @@ func (c *trial) finish(at int) *difference {
 func ofItsOwn(s step) bool {
 	u, ok := s.act.(udpAction)
 	return ok && s.from == within && u.otherPort != 0
+}
+
+// reversed tells whether a container speaks UDP where nothing has come to it yet: then the flow is its own,
+// from a port that the NAT chooses, though the other was meant to begin. Once it has been spoken to, the port that
+// it answers from is no choice.
+func (c *trial) reversed(s step) bool {
+	f := c.flows[s.flow]
+	return f.protocol == unix.IPPROTO_UDP && s.from != f.initiator() && !c.connection(s.flow).spoken[0]
 }
 
 // hear lets the ends know what has arrived.

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"tcnat/internal/lab"
 )
 
@@ -106,6 +108,30 @@ func (v *view) last(number int, s side, back int, speech bool) []byte {
 	return mine[max(0, len(mine)-1-back)].ip
 }
 
+// knows tells whether a packet like this could have been received by the one who has sent or received of the flows
+// so far: whether a flow has its addresses and ports.
+func (v *view) knows(ip []byte) bool {
+	src, dst, ok := endpoints(ip)
+	h, _ := parse(ip)
+	same := func(other []byte, reversed bool) bool {
+		from, to, ok := endpoints(other)
+		if reversed {
+			from, to = to, from
+		}
+		o, _ := parse(other)
+		return ok && o.protocol == h.protocol && from == src && to == dst
+	}
+	if !ok {
+		return false
+	}
+	for _, said := range v.sent {
+		if same(said.ip, true) {
+			return true
+		}
+	}
+	return slices.ContainsFunc(slices.Concat(v.heard[:]...), func(p heard) bool { return same(p.ip, false) })
+}
+
 // hear notes a packet that has arrived at an end, in answer to a step's.
 func (v *view) hear(end int, ip []byte, s step) {
 	h := heard{ip: ip, flow: s.flow, bounced: end == v.flows[s.flow].endOf(s.from)}
@@ -124,7 +150,7 @@ func endpoints(ip []byte) (src, dst netip.AddrPort, ok bool) {
 	}
 	sport, dport := binary.BigEndian.Uint16(ip[h.l4:]), binary.BigEndian.Uint16(ip[h.l4+2:])
 	switch {
-	case h.protocol == 6 || h.protocol == 17:
+	case h.protocol == unix.IPPROTO_TCP || h.protocol == unix.IPPROTO_UDP || h.protocol == unix.IPPROTO_SCTP:
 	case isICMP(h.protocol):
 		request, reply := isEcho(h.protocol, ip[h.l4])
 		if !request && !reply || h.l4+6 > len(ip) {

@@ -55,6 +55,8 @@ func published() []publishedPort {
 		{unix.IPPROTO_UDP, 3053, 1, 1, 53},
 		{unix.IPPROTO_UDP, 3054, 1, 1, 53},
 		{unix.IPPROTO_UDP, 3100, 10, 2, 3100},
+		{unix.IPPROTO_SCTP, 3005, 1, 0, 3005},
+		{unix.IPPROTO_SCTP, 3868, 5, 1, 4868},
 	}
 }
 
