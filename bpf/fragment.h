@@ -153,7 +153,7 @@ enum hold {
 static __always_inline long fragment_load(struct __sk_buff *skb, __u32 l3, __u8 *to, __u32 length)
 {
 	asm volatile("" : "+r"(length));
-	if (!length || length > HELD_BYTES)
+	if (length < sizeof(struct iphdr) || length > HELD_BYTES)
 		return -1;
 	return bpf_skb_load_bytes(skb, l3, to, length);
 }
@@ -198,7 +198,7 @@ static __always_inline long fragment_turn(struct __sk_buff *skb, __u32 l3, const
 	if (skb->len != l3 + length && bpf_skb_change_tail(skb, l3 + length, 0))
 		return -1;
 	asm volatile("" : "+r"(length));
-	if (!length || length > HELD_BYTES)
+	if (length < sizeof(struct iphdr) || length > HELD_BYTES)
 		return -1;
 	return bpf_skb_store_bytes(skb, l3, packet, length, 0);
 }
