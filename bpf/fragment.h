@@ -148,12 +148,15 @@ enum hold {
 };
 
 /* Copies the packet from its IP header on. The bounds are looked at where they are used: the compiler may
- * not do it earlier, or the verifier does not see it.
+ * not do it earlier or both at once, or the verifier of 6.1 does not see it.
  */
 static __always_inline long fragment_load(struct __sk_buff *skb, __u32 l3, __u8 *to, __u32 length)
 {
 	asm volatile("" : "+r"(length));
-	if (length < sizeof(struct iphdr) || length > HELD_BYTES)
+	if (length > HELD_BYTES)
+		return -1;
+	asm volatile("" : "+r"(length));
+	if (length < sizeof(struct iphdr))
 		return -1;
 	return bpf_skb_load_bytes(skb, l3, to, length);
 }
@@ -198,7 +201,10 @@ static __always_inline long fragment_turn(struct __sk_buff *skb, __u32 l3, const
 	if (skb->len != l3 + length && bpf_skb_change_tail(skb, l3 + length, 0))
 		return -1;
 	asm volatile("" : "+r"(length));
-	if (length < sizeof(struct iphdr) || length > HELD_BYTES)
+	if (length > HELD_BYTES)
+		return -1;
+	asm volatile("" : "+r"(length));
+	if (length < sizeof(struct iphdr))
 		return -1;
 	return bpf_skb_store_bytes(skb, l3, packet, length, 0);
 }
