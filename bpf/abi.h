@@ -238,7 +238,7 @@ struct expiry {
 	__u32 period;  /* stamps between two looks at a flow; 0: EXPIRY_PERIOD */
 	__u32 looks;   /* since the period was last thought over */
 	__u32 over;    /* of these, flows that were over */
-	__u32 pad;
+	__u32 swept;   /* stamp: held fragments were looked through */
 };
 
 /* Rules. An any-address destination is all zero behind the IPv4 prefix or 16 zero bytes. */
@@ -431,6 +431,8 @@ enum counter {
 	DROP_MALFORMED = 0,
 	DROP_V4_MAPPED,
 	DROP_FRAGMENT,
+	DROP_FRAGMENT_NO_ROOM,
+	DROP_FRAGMENT_ALONE,
 	DROP_PROTOCOL,
 	DROP_LOOPBACK,
 	DROP_SPOOFED_ADDRESS,
@@ -464,6 +466,8 @@ enum counter {
 	PACKETS_REDIRECTED,
 	EXPIRY_OVERDUE,
 	FLOWS_STALE,
+	FRAGMENTS_HELD,
+	FRAGMENTS_RELEASED,
 	COUNTER_COUNT,
 };
 

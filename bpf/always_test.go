@@ -147,7 +147,7 @@ var asides = []aside{
 	{name: "hop-limit-1", packet: func(_ family, p packet) packet { p.ttl = 1; return p }, bridge: passed, flow: true},
 	{name: "over-mtu", packet: func(_ family, p packet) packet { p.payload = make([]byte, 1473); return p }, bridge: passed, flow: true},
 	{name: "no-checksum-other-port", packet: func(_ family, p packet) packet { p.noChecksum = true; return p }, bridge: passed, flow: true},
-	{name: "fragment", packet: func(_ family, p packet) packet { p.fragment = -1; return p }, bridge: bpf.NATCounterDROP_FRAGMENT},
+	{name: "fragment", packet: func(_ family, p packet) packet { p.fragment = -1; return p }, bridge: passed},
 	{name: "syn", packet: func(_ family, p packet) packet { p.proto, p.tcp = protoTCP, "S"; return p }, bridge: passed},
 	{name: "echo", packet: func(f family, p packet) packet {
 		p.proto, p.icmpType = f.icmp, f.echoRequest

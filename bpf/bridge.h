@@ -7,6 +7,7 @@
 #include "always.h"
 #include "fast.h"
 #include "flow.h"
+#include "fragment.h"
 #include "guard.h"
 #include "hairpin.h"
 #include "icmp.h"
@@ -48,11 +49,42 @@ static __noinline void find_outward(struct packet *p)
 	p->half = NULL;
 	if (p->absent)
 		return;
-	if (p->h.kind == KIND_FLOW && p->h.fragment == FRAGMENT_NONE &&
-	    half_find(&p->h.tuple, &f, false) && half_accepts(f.half, CLASS_BRIDGE, p->bridge)) {
+	if (p->h.kind == KIND_FLOW && half_find(&p->h.tuple, &f, false) &&
+	    half_accepts(f.half, CLASS_BRIDGE, p->bridge)) {
 		p->half = f.half;
 		p->id = f.id;
 	}
+}
+
+/* A later fragment to the host itself. GO_ON: of a hairpin flow. What there is no room for is the host's, as all
+ * of it would be without us.
+ */
+static __noinline enum verdict later_to_host(struct packet *p)
+{
+	enum verdict v = PASS;
+
+	if (is_early(p))
+		v = fragment_wait(p, HOOK_INGRESS, PASS);
+	if (v == GO_ON)
+		find_outward(p);
+	return v != GO_ON || (p->half && is_hairpin(p->half)) ? v : PASS;
+}
+
+/* What was turned comes to this hook once more, and on another CPU the rest of a datagram may do so before its
+ * first fragment, which therefore is noted as it is then, too.
+ */
+static __noinline enum verdict first_turned(struct packet *p, __u32 l3)
+{
+	struct plan *plan = plan_get();
+
+	if (!plan)
+		return drop(p, DROP_NO_MEMORY);
+	plan->transit = p->h.tuple;
+	if (parse(p, l3) != PARSED)
+		return drop(p, DROP_REWRITE);
+	fragment_note(p->skb, &p->h, HOOK_INGRESS, p->now, FATE_CARRIED);
+	p->h.tuple = plan->transit;
+	return AGAIN;
 }
 
 /* first: see to a flow's first packet, too (--fast-path always). */
@@ -77,7 +109,11 @@ static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3, b
 	v = check_sender(p);
 	if (v != GO_ON)
 		return v;
-	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE) {
+	if (__builtin_expect(p->h.fragment != FRAGMENT_NONE, 0)) {
+		v = fragment_begin(p, HOOK_INGRESS);
+		if (v != GO_ON)
+			return v;
+	} else if (p->h.kind == KIND_ICMP_ERROR) {
 		v = hairpin_error_turn(p);
 		if (v != GO_ON)
 			return v;
@@ -88,16 +124,28 @@ static __always_inline enum verdict bridge_ingress(struct packet *p, __u32 l3, b
 		if (v != GO_ON)
 			return v;
 	}
-	if (!p->half)
-		v = guard_route(p);
-	else if (!is_hairpin(p->half))
-		v = guard_flow(p);
-	else
+	if (p->half && is_hairpin(p->half)) {
 		v = hairpin_turn(p);
-	if (v != GO_ON)
+	} else {
+		if (p->half && p->h.fragment == FRAGMENT_NONE)
+			v = guard_flow(p);
+		else
+			v = guard_route(p);
+		if (v == PASS && !guards_datagram(p))
+			v = DROP;
+		if (v != GO_ON)
+			return v;
+	}
+	if (v == GO_ON) {
+		v = p->h.fragment == FRAGMENT_LATER ? later_to_host(p) : hairpin_create(p);
+		if (v == GO_ON)
+			v = hairpin_turn(p);
+	}
+	if (p->h.fragment != FRAGMENT_FIRST)
 		return v;
-	v = hairpin_create(p);
-	return v == GO_ON ? hairpin_turn(p) : v;
+	if (v == AGAIN)
+		v = first_turned(p, l3);
+	return fragment_end(p, v, HOOK_INGRESS);
 }
 
 /* Whether a frame's source address is another port's. Dropped here, before the bridge sees it, it
@@ -170,7 +218,7 @@ static __always_inline bool belongs(struct packet *p)
 		struct headers *quoted;
 
 		/* from_uplink has put the container's own packet into the quote */
-		if (!plan)
+		if (!plan || p->h.fragment != FRAGMENT_NONE)
 			return false;
 		quoted = &plan->quote.h;
 		if (parse_quoted(p, quoted) != PARSED || quoted->kind != KIND_FLOW)
@@ -207,6 +255,28 @@ static __noinline enum verdict leave_bridge(struct packet *p)
 	return hairpin_leave(p);
 }
 
+/* What the host forwards to a container. */
+static __always_inline enum verdict enter(struct packet *p)
+{
+	__u32 ifindex = p->skb->ingress_ifindex;
+	enum verdict v;
+
+	if (ifindex == p->skb->ifindex) {
+		v = leave_bridge(p);
+		return v == GO_ON ? PASS : v; /* by the host: a route back */
+	}
+	if (p->h.kind != KIND_OTHER && belongs(p))
+		return PASS;
+	if (is_bridge(ifindex)) {
+		v = leave_bridge(p);
+		if (v != GO_ON)
+			return v;
+		return p->config->flags & CONFIG_NO_ISOLATION ? PASS : drop(p, DROP_ISOLATED);
+	}
+	return drop(p, p->h.fragment != FRAGMENT_NONE && p->h.kind != KIND_FLOW ? DROP_FRAGMENT
+										: DROP_NO_FLOW);
+}
+
 static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 {
 	__u32 ifindex = p->skb->ingress_ifindex;
@@ -222,19 +292,13 @@ static __always_inline enum verdict bridge_egress(struct packet *p, __u32 l3)
 	v = parse_inside(p, l3);
 	if (v != GO_ON)
 		return v;
-	if (ifindex == p->skb->ifindex) {
-		v = leave_bridge(p);
-		return v == GO_ON ? PASS : v; /* by the host: a route back */
-	}
-	if (p->h.fragment == FRAGMENT_NONE && p->h.kind != KIND_OTHER && belongs(p))
-		return PASS;
-	if (is_bridge(ifindex)) {
-		v = leave_bridge(p);
+	if (__builtin_expect(p->h.fragment != FRAGMENT_NONE, 0)) {
+		v = fragment_begin(p, HOOK_EGRESS | ifindex);
+		if (v == GO_ON && is_early(p))
+			v = fragment_wait(p, HOOK_EGRESS | ifindex, DROP);
 		if (v != GO_ON)
 			return v;
-		return p->config->flags & CONFIG_NO_ISOLATION ? PASS : drop(p, DROP_ISOLATED);
 	}
-	if (p->h.fragment != FRAGMENT_NONE)
-		return drop(p, DROP_FRAGMENT);
-	return drop(p, DROP_NO_FLOW);
+	v = enter(p);
+	return p->h.fragment == FRAGMENT_FIRST ? fragment_end(p, v, HOOK_EGRESS | ifindex) : v;
 }

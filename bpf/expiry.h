@@ -17,6 +17,7 @@
 #pragma once
 
 #include "flow_state.h"
+#include "fragment.h"
 #include "mapping.h"
 #include "packet.h"
 #include "transit.h"
@@ -199,6 +200,10 @@ static int expiry_tick(void *map, int *key, struct expiry *e)
 		tick.now = tick.began >> STAMP_SHIFT;
 		tick.period = e->period ?: EXPIRY_PERIOD;
 		bpf_loop(EXPIRY_MAX, check_head, &tick, 0);
+		if (!is_within(tick.now, e->swept, HELD_SWEEP)) {
+			e->swept = tick.now;
+			bpf_for_each_map_elem(&held_fragments, held_sweep, &tick.now, 0);
+		}
 		took = bpf_ktime_get_ns() - tick.began;
 		e->last_tick = tick.began;
 		e->ticks += 1;

@@ -155,7 +155,7 @@ static __always_inline void half_see(const struct packet *p, struct half *half)
 	__u8 tcp;
 
 	half_count(p, half, p->skb->len);
-	if (!has_states(p->h.tuple.proto))
+	if (!has_states(p->h.tuple.proto) || p->h.fragment == FRAGMENT_LATER)
 		return;
 	tcp = tcp_see(half->tcp, p->h.tcp);
 	if (tcp != half->tcp)

@@ -29,7 +29,7 @@ static __always_inline void note_unmanaged(__u32 ifindex)
  * out. So the question is asked where every packet of a container passes: where will the
  * host send it? GO_ON: to itself.
  */
-static __always_inline enum verdict guard_route(struct packet *p)
+static __noinline enum verdict guard_route(struct packet *p)
 {
 	const struct device *device;
 	__u32 ifindex = 0;
@@ -54,10 +54,22 @@ static __always_inline enum verdict guard_route(struct packet *p)
 	}
 	if (device->class == CLASS_BRIDGE && !(p->config->flags & CONFIG_NO_ISOLATION))
 		return drop(p, DROP_ISOLATED);
-	/* between routing and the uplink the kernel may fragment, but not join */
-	if (p->h.fragment != FRAGMENT_NONE)
-		return drop(p, DROP_FRAGMENT);
 	return PASS;
+}
+
+/* The host routes a fragment without looking at ports or, where it tracks connections, the datagram: then
+ * the first, without which there is none, must be allowed to go both ways.
+ */
+static __always_inline bool guards_datagram(struct packet *p)
+{
+	enum verdict v;
+
+	if (p->h.fragment != FRAGMENT_FIRST)
+		return true;
+	p->h.fragment = FRAGMENT_NONE;
+	v = guard_route(p);
+	p->h.fragment = FRAGMENT_FIRST;
+	return v != DROP;
 }
 
 /* What a device without from_uplink let in was translated by nobody. */

@@ -77,7 +77,7 @@ static __noinline enum verdict open_hairpin(struct packet *p)
 
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
-	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE || !has_ports(t->proto))
+	if (p->h.kind != KIND_FLOW || !has_ports(t->proto))
 		return PASS;
 	mapped = !dnat_find(t, p->bridge, &plan->published);
 	if (mapped && !(is_mapped(p, plan) && is_neighbour(p, &plan->published.rule.to)))
@@ -181,8 +181,8 @@ static __noinline enum verdict hairpin_leave(struct packet *p)
 {
 	struct found f;
 
-	if (p->h.kind != KIND_FLOW || p->h.fragment != FRAGMENT_NONE ||
-	    !half_find(&p->h.tuple, &f, true) || f.half->role != ROLE_TRANSIT ||
+	if (p->h.kind != KIND_FLOW || !half_find(&p->h.tuple, &f, true) ||
+	    f.half->role != ROLE_TRANSIT ||
 	    !half_accepts(f.half, CLASS_BRIDGE, p->skb->ingress_ifindex))
 		return GO_ON;
 	return rewrite(p, &f.to);

@@ -151,6 +151,7 @@ func (d *datapath) reset() {
 	d.setRules(ruleSet{})
 	d.forget()
 	d.forgetFast()
+	d.forgetFragments()
 	clearMap[uint32, uint64](d, d.Unmanaged)
 	for i := range uint32(bpf.NATCounterCOUNTER_COUNT) {
 		d.check(d.Counters.Put(i, make([]uint64, ebpf.MustPossibleCPU())))

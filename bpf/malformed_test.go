@@ -219,45 +219,6 @@ func TestMalformed(t *testing.T) {
 	}
 }
 
-// Fragments: dropped where they would be translated, left alone where they are the host's.
-func TestFragments(t *testing.T) {
-	d := load(t, 1024)
-	for _, f := range families {
-		for _, run := range []struct {
-			name     string
-			offset   int
-			protocol protocol
-		}{{"first", -1, udp}, {"later", 1480, udp}, {"sctp-first", -1, sctp}, {"sctp-later", 1480, sctp}} {
-			offset := run.offset
-			d.each(f.name+"/"+run.name, func(d *datapath) {
-				d.setRules(ruleSet{
-					snat: []snatRule{{source: f.subnet, masquerade: true}},
-					dnat: []dnatRule{publish(f, run.protocol.number(f), one(3005), one(80))},
-				})
-				c := d.path(f, run.protocol).as(f.uplink, 0)
-				c.sends("", "x")
-				fragment := func(p packet) packet { p.fragment, p.payload = offset, []byte("12345678"); return p }
-				sent, _ := c.out("", "")
-				wire, seen := c.in("", "")
-				c.drops(fromBridge(), fragment(sent), bpf.NATCounterDROP_FRAGMENT)
-				c.drops(toUplink(), fragment(sent).forwarded(), bpf.NATCounterDROP_FRAGMENT)
-				c.drops(toBridge(), fragment(seen).between(bridgeMAC, containerMAC), bpf.NATCounterDROP_FRAGMENT)
-				c.untouched(fromBridge(), fragment(sent.to(at(f.bridge, 53))))
-				c.untouched(toUplink().by(0), fragment(sent.from(at(f.uplink, 53))))
-				published := wire.addrs(at(f.world, 50000), at(f.uplink, 3005))
-				if offset > 0 { // without ports nobody knows whose it is
-					c.untouched(fromUplink(), fragment(wire))
-					c.untouched(fromUplink(), fragment(published))
-				} else {
-					c.drops(fromUplink(), fragment(wire), bpf.NATCounterDROP_FRAGMENT)
-					c.drops(fromUplink(), fragment(published), bpf.NATCounterDROP_FRAGMENT)
-					c.untouched(fromUplink(), fragment(wire.to(at(f.uplink, 9))))
-				}
-			})
-		}
-	}
-}
-
 // IPv4 options and IPv6 extension headers do not keep a packet from being translated.
 func TestOptions(t *testing.T) {
 	d := load(t, 1024)

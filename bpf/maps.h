@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* maps.h - every map, with who writes and who reads it. None evicts, but for LRU ones that
+/* maps.h - every map, with who writes and who reads it. None evicts, but for the LRU ones, which
  * hold no flow: a full map refuses.
  */
 #pragma once
 
 #include "abi.h"
 #include "abi_backend.h"
+#include "datagram.h"
 
 /* Written by Go; read by every program, once a packet. */
 struct {
@@ -62,6 +63,23 @@ struct {
 	__type(key, __u32);
 	__type(value, struct expiry);
 } expiry SEC(".maps");
+
+/* What the first fragments of datagrams have shown to a hook, for two seconds. Written by programs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 2048);
+	__type(key, struct datagram_key);
+	__type(value, struct datagram);
+} fragments SEC(".maps");
+
+/* Fragments whose first has not come. Written by programs, deleted by them and the expiry. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 256);
+	__type(key, struct held_key);
+	__type(value, struct held_fragment);
+} held_fragments SEC(".maps");
 
 /* By enum counter. */
 struct {

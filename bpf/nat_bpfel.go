@@ -125,41 +125,68 @@ const (
 	NATCounterDROP_MALFORMED        NATCounter = 0
 	NATCounterDROP_V4MAPPED         NATCounter = 1
 	NATCounterDROP_FRAGMENT         NATCounter = 2
-	NATCounterDROP_PROTOCOL         NATCounter = 3
-	NATCounterDROP_LOOPBACK         NATCounter = 4
-	NATCounterDROP_SPOOFED_ADDRESS  NATCounter = 5
-	NATCounterDROP_SPOOFED_MAC      NATCounter = 6
-	NATCounterDROP_NO_UPLINK        NATCounter = 7
-	NATCounterDROP_MULTICAST        NATCounter = 8
-	NATCounterDROP_NO_RULE          NATCounter = 9
-	NATCounterDROP_NO_FLOW          NATCounter = 10
-	NATCounterDROP_ISOLATED         NATCounter = 11
-	NATCounterDROP_NOT_ALLOWED      NATCounter = 12
-	NATCounterDROP_HAIRPIN          NATCounter = 13
-	NATCounterDROP_HAIRPIN_REDIRECT NATCounter = 14
-	NATCounterDROP_ICMP_UNRELATED   NATCounter = 15
-	NATCounterDROP_TCP_UNEXPECTED   NATCounter = 16
-	NATCounterDROP_NO_ADDRESS       NATCounter = 17
-	NATCounterDROP_NO_PORT          NATCounter = 18
-	NATCounterDROP_TABLE_FULL       NATCounter = 19
-	NATCounterDROP_NO_MEMORY        NATCounter = 20
-	NATCounterDROP_ENDING           NATCounter = 21
-	NATCounterDROP_REWRITE          NATCounter = 22
-	NATCounterDROP_END              NATCounter = 23
-	NATCounterFLOWS_CREATED         NATCounter = 24
-	NATCounterFLOWS_ENDED           NATCounter = 25
-	NATCounterFLOWS_REVIVED         NATCounter = 26
-	NATCounterFLOWS_TAKEN_OVER      NATCounter = 27
-	NATCounterFLOWS_RACED           NATCounter = 28
-	NATCounterMAPPINGS_CREATED      NATCounter = 29
-	NATCounterMAPPINGS_ENDED        NATCounter = 30
-	NATCounterPORTS_SHARED          NATCounter = 31
-	NATCounterLEASES_GRANTED        NATCounter = 32
-	NATCounterPACKETS_REDIRECTED    NATCounter = 33
-	NATCounterEXPIRY_OVERDUE        NATCounter = 34
-	NATCounterFLOWS_STALE           NATCounter = 35
-	NATCounterCOUNTER_COUNT         NATCounter = 36
+	NATCounterDROP_FRAGMENT_NO_ROOM NATCounter = 3
+	NATCounterDROP_FRAGMENT_ALONE   NATCounter = 4
+	NATCounterDROP_PROTOCOL         NATCounter = 5
+	NATCounterDROP_LOOPBACK         NATCounter = 6
+	NATCounterDROP_SPOOFED_ADDRESS  NATCounter = 7
+	NATCounterDROP_SPOOFED_MAC      NATCounter = 8
+	NATCounterDROP_NO_UPLINK        NATCounter = 9
+	NATCounterDROP_MULTICAST        NATCounter = 10
+	NATCounterDROP_NO_RULE          NATCounter = 11
+	NATCounterDROP_NO_FLOW          NATCounter = 12
+	NATCounterDROP_ISOLATED         NATCounter = 13
+	NATCounterDROP_NOT_ALLOWED      NATCounter = 14
+	NATCounterDROP_HAIRPIN          NATCounter = 15
+	NATCounterDROP_HAIRPIN_REDIRECT NATCounter = 16
+	NATCounterDROP_ICMP_UNRELATED   NATCounter = 17
+	NATCounterDROP_TCP_UNEXPECTED   NATCounter = 18
+	NATCounterDROP_NO_ADDRESS       NATCounter = 19
+	NATCounterDROP_NO_PORT          NATCounter = 20
+	NATCounterDROP_TABLE_FULL       NATCounter = 21
+	NATCounterDROP_NO_MEMORY        NATCounter = 22
+	NATCounterDROP_ENDING           NATCounter = 23
+	NATCounterDROP_REWRITE          NATCounter = 24
+	NATCounterDROP_END              NATCounter = 25
+	NATCounterFLOWS_CREATED         NATCounter = 26
+	NATCounterFLOWS_ENDED           NATCounter = 27
+	NATCounterFLOWS_REVIVED         NATCounter = 28
+	NATCounterFLOWS_TAKEN_OVER      NATCounter = 29
+	NATCounterFLOWS_RACED           NATCounter = 30
+	NATCounterMAPPINGS_CREATED      NATCounter = 31
+	NATCounterMAPPINGS_ENDED        NATCounter = 32
+	NATCounterPORTS_SHARED          NATCounter = 33
+	NATCounterLEASES_GRANTED        NATCounter = 34
+	NATCounterPACKETS_REDIRECTED    NATCounter = 35
+	NATCounterEXPIRY_OVERDUE        NATCounter = 36
+	NATCounterFLOWS_STALE           NATCounter = 37
+	NATCounterFRAGMENTS_HELD        NATCounter = 38
+	NATCounterFRAGMENTS_RELEASED    NATCounter = 39
+	NATCounterCOUNTER_COUNT         NATCounter = 40
 )
+
+type NATDatagram struct {
+	_      structs.HostLayout
+	Sport  uint16
+	Dport  uint16
+	Length uint16
+	Proto  uint8
+	Fate   uint8
+	Guard  uint32
+	Stamp  uint32
+}
+
+type NATDatagramKey struct {
+	_       structs.HostLayout
+	Src     NATAddr
+	Dst     NATAddr
+	Id      uint32
+	Ifindex uint32
+	Hook    uint32
+	Family  NATFamily
+	Proto   uint8
+	Pad     uint16
+}
 
 type NATDevice struct {
 	_      structs.HostLayout
@@ -265,7 +292,7 @@ type NATExpiry struct {
 	Period   uint32
 	Looks    uint32
 	Over     uint32
-	Pad      uint32
+	Swept    uint32
 }
 
 type NATExpiryEntry struct {
@@ -289,6 +316,16 @@ const (
 	NATFastPathFAST_PATH_ESTABLISHED NATFastPath = 1
 	NATFastPathFAST_PATH_ALWAYS      NATFastPath = 2
 )
+
+type NATFragmentScratch struct {
+	_     structs.HostLayout
+	Key   NATHeldKey
+	_     [4]byte
+	Entry NATDatagram
+	Taken uint32
+	Held  NATHeldFragment
+	First [1792]uint8
+}
 
 type NATHalf struct {
 	_        structs.HostLayout
@@ -325,6 +362,20 @@ const (
 	NATHeldHELD_SOURCE NATHeld = 1
 	NATHeldHELD_TARGET NATHeld = 2
 )
+
+type NATHeldFragment struct {
+	_      structs.HostLayout
+	Taken  uint32
+	Stamp  uint32
+	Length uint32
+	Packet [1792]uint8
+}
+
+type NATHeldKey struct {
+	_        structs.HostLayout
+	Datagram NATDatagramKey
+	Slot     uint32
+}
 
 type NATHostPeer struct {
 	_          structs.HostLayout
@@ -421,7 +472,9 @@ type NATPlan struct {
 			Tcp      uint8
 			Icmp     uint8
 			Tos      uint8
-			Pad      [3]uint8
+			Part     uint8
+			Fate     uint8
+			Pad      uint8
 			Flow     uint32
 		}
 		Diff int64
@@ -630,7 +683,10 @@ const (
 	NATMapExpiry             = "expiry"
 	NATMapExpiryQueue        = "expiry_queue"
 	NATMapFlows              = "flows"
+	NATMapFragmentScratches  = "fragment_scratches"
+	NATMapFragments          = "fragments"
 	NATMapGenerations        = "generations"
+	NATMapHeldFragments      = "held_fragments"
 	NATMapHostAddresses      = "host_addresses"
 	NATMapHostPeers          = "host_peers"
 	NATMapLocals             = "locals"
@@ -745,41 +801,44 @@ type NATProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type NATMapSpecs struct {
-	Addresses      *ebpf.MapSpec `ebpf:"addresses"`
-	Adjacencies    *ebpf.MapSpec `ebpf:"adjacencies"`
-	Affinities     *ebpf.MapSpec `ebpf:"affinities"`
-	Backends       *ebpf.MapSpec `ebpf:"backends"`
-	Config         *ebpf.MapSpec `ebpf:"config"`
-	Counters       *ebpf.MapSpec `ebpf:"counters"`
-	Devices        *ebpf.MapSpec `ebpf:"devices"`
-	DnatPorts      *ebpf.MapSpec `ebpf:"dnat_ports"`
-	DnatRanges     *ebpf.MapSpec `ebpf:"dnat_ranges"`
-	Expiry         *ebpf.MapSpec `ebpf:"expiry"`
-	ExpiryQueue    *ebpf.MapSpec `ebpf:"expiry_queue"`
-	Flows          *ebpf.MapSpec `ebpf:"flows"`
-	Generations    *ebpf.MapSpec `ebpf:"generations"`
-	HostAddresses  *ebpf.MapSpec `ebpf:"host_addresses"`
-	HostPeers      *ebpf.MapSpec `ebpf:"host_peers"`
-	Locals         *ebpf.MapSpec `ebpf:"locals"`
-	Mappings       *ebpf.MapSpec `ebpf:"mappings"`
-	MovedPorts     *ebpf.MapSpec `ebpf:"moved_ports"`
-	NoAffinities   *ebpf.MapSpec `ebpf:"no_affinities"`
-	NoBackends     *ebpf.MapSpec `ebpf:"no_backends"`
-	NoDnatPorts    *ebpf.MapSpec `ebpf:"no_dnat_ports"`
-	NoDnatRanges   *ebpf.MapSpec `ebpf:"no_dnat_ranges"`
-	NoRulePrefixes *ebpf.MapSpec `ebpf:"no_rule_prefixes"`
-	NoSnatSources  *ebpf.MapSpec `ebpf:"no_snat_sources"`
-	Outputs        *ebpf.MapSpec `ebpf:"outputs"`
-	Owns           *ebpf.MapSpec `ebpf:"owns"`
-	Plans          *ebpf.MapSpec `ebpf:"plans"`
-	PortTries      *ebpf.MapSpec `ebpf:"port_tries"`
-	Ports          *ebpf.MapSpec `ebpf:"ports"`
-	RulePrefixes   *ebpf.MapSpec `ebpf:"rule_prefixes"`
-	Senders        *ebpf.MapSpec `ebpf:"senders"`
-	SnatSources    *ebpf.MapSpec `ebpf:"snat_sources"`
-	Sources        *ebpf.MapSpec `ebpf:"sources"`
-	Subnets        *ebpf.MapSpec `ebpf:"subnets"`
-	Unmanaged      *ebpf.MapSpec `ebpf:"unmanaged"`
+	Addresses         *ebpf.MapSpec `ebpf:"addresses"`
+	Adjacencies       *ebpf.MapSpec `ebpf:"adjacencies"`
+	Affinities        *ebpf.MapSpec `ebpf:"affinities"`
+	Backends          *ebpf.MapSpec `ebpf:"backends"`
+	Config            *ebpf.MapSpec `ebpf:"config"`
+	Counters          *ebpf.MapSpec `ebpf:"counters"`
+	Devices           *ebpf.MapSpec `ebpf:"devices"`
+	DnatPorts         *ebpf.MapSpec `ebpf:"dnat_ports"`
+	DnatRanges        *ebpf.MapSpec `ebpf:"dnat_ranges"`
+	Expiry            *ebpf.MapSpec `ebpf:"expiry"`
+	ExpiryQueue       *ebpf.MapSpec `ebpf:"expiry_queue"`
+	Flows             *ebpf.MapSpec `ebpf:"flows"`
+	FragmentScratches *ebpf.MapSpec `ebpf:"fragment_scratches"`
+	Fragments         *ebpf.MapSpec `ebpf:"fragments"`
+	Generations       *ebpf.MapSpec `ebpf:"generations"`
+	HeldFragments     *ebpf.MapSpec `ebpf:"held_fragments"`
+	HostAddresses     *ebpf.MapSpec `ebpf:"host_addresses"`
+	HostPeers         *ebpf.MapSpec `ebpf:"host_peers"`
+	Locals            *ebpf.MapSpec `ebpf:"locals"`
+	Mappings          *ebpf.MapSpec `ebpf:"mappings"`
+	MovedPorts        *ebpf.MapSpec `ebpf:"moved_ports"`
+	NoAffinities      *ebpf.MapSpec `ebpf:"no_affinities"`
+	NoBackends        *ebpf.MapSpec `ebpf:"no_backends"`
+	NoDnatPorts       *ebpf.MapSpec `ebpf:"no_dnat_ports"`
+	NoDnatRanges      *ebpf.MapSpec `ebpf:"no_dnat_ranges"`
+	NoRulePrefixes    *ebpf.MapSpec `ebpf:"no_rule_prefixes"`
+	NoSnatSources     *ebpf.MapSpec `ebpf:"no_snat_sources"`
+	Outputs           *ebpf.MapSpec `ebpf:"outputs"`
+	Owns              *ebpf.MapSpec `ebpf:"owns"`
+	Plans             *ebpf.MapSpec `ebpf:"plans"`
+	PortTries         *ebpf.MapSpec `ebpf:"port_tries"`
+	Ports             *ebpf.MapSpec `ebpf:"ports"`
+	RulePrefixes      *ebpf.MapSpec `ebpf:"rule_prefixes"`
+	Senders           *ebpf.MapSpec `ebpf:"senders"`
+	SnatSources       *ebpf.MapSpec `ebpf:"snat_sources"`
+	Sources           *ebpf.MapSpec `ebpf:"sources"`
+	Subnets           *ebpf.MapSpec `ebpf:"subnets"`
+	Unmanaged         *ebpf.MapSpec `ebpf:"unmanaged"`
 }
 
 // NATVariableSpecs contains global variables before they are loaded into the kernel.
@@ -808,41 +867,44 @@ func (o *NATObjects) Close() error {
 //
 // It can be passed to LoadNATObjects or ebpf.CollectionSpec.LoadAndAssign.
 type NATMaps struct {
-	Addresses      *ebpf.Map `ebpf:"addresses"`
-	Adjacencies    *ebpf.Map `ebpf:"adjacencies"`
-	Affinities     *ebpf.Map `ebpf:"affinities"`
-	Backends       *ebpf.Map `ebpf:"backends"`
-	Config         *ebpf.Map `ebpf:"config"`
-	Counters       *ebpf.Map `ebpf:"counters"`
-	Devices        *ebpf.Map `ebpf:"devices"`
-	DnatPorts      *ebpf.Map `ebpf:"dnat_ports"`
-	DnatRanges     *ebpf.Map `ebpf:"dnat_ranges"`
-	Expiry         *ebpf.Map `ebpf:"expiry"`
-	ExpiryQueue    *ebpf.Map `ebpf:"expiry_queue"`
-	Flows          *ebpf.Map `ebpf:"flows"`
-	Generations    *ebpf.Map `ebpf:"generations"`
-	HostAddresses  *ebpf.Map `ebpf:"host_addresses"`
-	HostPeers      *ebpf.Map `ebpf:"host_peers"`
-	Locals         *ebpf.Map `ebpf:"locals"`
-	Mappings       *ebpf.Map `ebpf:"mappings"`
-	MovedPorts     *ebpf.Map `ebpf:"moved_ports"`
-	NoAffinities   *ebpf.Map `ebpf:"no_affinities"`
-	NoBackends     *ebpf.Map `ebpf:"no_backends"`
-	NoDnatPorts    *ebpf.Map `ebpf:"no_dnat_ports"`
-	NoDnatRanges   *ebpf.Map `ebpf:"no_dnat_ranges"`
-	NoRulePrefixes *ebpf.Map `ebpf:"no_rule_prefixes"`
-	NoSnatSources  *ebpf.Map `ebpf:"no_snat_sources"`
-	Outputs        *ebpf.Map `ebpf:"outputs"`
-	Owns           *ebpf.Map `ebpf:"owns"`
-	Plans          *ebpf.Map `ebpf:"plans"`
-	PortTries      *ebpf.Map `ebpf:"port_tries"`
-	Ports          *ebpf.Map `ebpf:"ports"`
-	RulePrefixes   *ebpf.Map `ebpf:"rule_prefixes"`
-	Senders        *ebpf.Map `ebpf:"senders"`
-	SnatSources    *ebpf.Map `ebpf:"snat_sources"`
-	Sources        *ebpf.Map `ebpf:"sources"`
-	Subnets        *ebpf.Map `ebpf:"subnets"`
-	Unmanaged      *ebpf.Map `ebpf:"unmanaged"`
+	Addresses         *ebpf.Map `ebpf:"addresses"`
+	Adjacencies       *ebpf.Map `ebpf:"adjacencies"`
+	Affinities        *ebpf.Map `ebpf:"affinities"`
+	Backends          *ebpf.Map `ebpf:"backends"`
+	Config            *ebpf.Map `ebpf:"config"`
+	Counters          *ebpf.Map `ebpf:"counters"`
+	Devices           *ebpf.Map `ebpf:"devices"`
+	DnatPorts         *ebpf.Map `ebpf:"dnat_ports"`
+	DnatRanges        *ebpf.Map `ebpf:"dnat_ranges"`
+	Expiry            *ebpf.Map `ebpf:"expiry"`
+	ExpiryQueue       *ebpf.Map `ebpf:"expiry_queue"`
+	Flows             *ebpf.Map `ebpf:"flows"`
+	FragmentScratches *ebpf.Map `ebpf:"fragment_scratches"`
+	Fragments         *ebpf.Map `ebpf:"fragments"`
+	Generations       *ebpf.Map `ebpf:"generations"`
+	HeldFragments     *ebpf.Map `ebpf:"held_fragments"`
+	HostAddresses     *ebpf.Map `ebpf:"host_addresses"`
+	HostPeers         *ebpf.Map `ebpf:"host_peers"`
+	Locals            *ebpf.Map `ebpf:"locals"`
+	Mappings          *ebpf.Map `ebpf:"mappings"`
+	MovedPorts        *ebpf.Map `ebpf:"moved_ports"`
+	NoAffinities      *ebpf.Map `ebpf:"no_affinities"`
+	NoBackends        *ebpf.Map `ebpf:"no_backends"`
+	NoDnatPorts       *ebpf.Map `ebpf:"no_dnat_ports"`
+	NoDnatRanges      *ebpf.Map `ebpf:"no_dnat_ranges"`
+	NoRulePrefixes    *ebpf.Map `ebpf:"no_rule_prefixes"`
+	NoSnatSources     *ebpf.Map `ebpf:"no_snat_sources"`
+	Outputs           *ebpf.Map `ebpf:"outputs"`
+	Owns              *ebpf.Map `ebpf:"owns"`
+	Plans             *ebpf.Map `ebpf:"plans"`
+	PortTries         *ebpf.Map `ebpf:"port_tries"`
+	Ports             *ebpf.Map `ebpf:"ports"`
+	RulePrefixes      *ebpf.Map `ebpf:"rule_prefixes"`
+	Senders           *ebpf.Map `ebpf:"senders"`
+	SnatSources       *ebpf.Map `ebpf:"snat_sources"`
+	Sources           *ebpf.Map `ebpf:"sources"`
+	Subnets           *ebpf.Map `ebpf:"subnets"`
+	Unmanaged         *ebpf.Map `ebpf:"unmanaged"`
 }
 
 func (m *NATMaps) Close() error {
@@ -859,7 +921,10 @@ func (m *NATMaps) Close() error {
 		m.Expiry,
 		m.ExpiryQueue,
 		m.Flows,
+		m.FragmentScratches,
+		m.Fragments,
 		m.Generations,
+		m.HeldFragments,
 		m.HostAddresses,
 		m.HostPeers,
 		m.Locals,

@@ -153,8 +153,7 @@ static __noinline bool is_mapped(struct packet *p, struct plan *plan)
 	const struct snat_rule *snat;
 	__be16 port = 0;
 
-	if (t->proto != IPPROTO_UDP || p->h.fragment != FRAGMENT_NONE ||
-	    !mapping_find(t, &rule->to, &port))
+	if (t->proto != IPPROTO_UDP || !mapping_find(t, &rule->to, &port))
 		return false;
 	if (port == t->sport && addr_equal(&rule->to, &t->src))
 		return false; /* to itself */
@@ -192,8 +191,6 @@ static __noinline enum verdict open_inward(struct packet *p)
 		if (!mapped || host_has_socket(p->skb, &p->h.tuple, SOCKET_ANY))
 			return PASS;
 	}
-	if (p->h.fragment != FRAGMENT_NONE)
-		return drop(p, DROP_FRAGMENT);
 	v = open_published(p, plan, false);
 	if (v != GO_ON)
 		return v;
@@ -216,7 +213,7 @@ static __noinline enum verdict open_direct(struct packet *p)
 	if (!(*(volatile enum config_flag *)&p->config->flags & CONFIG_ALLOW_DIRECT))
 		return PASS;
 	bridge = bridge_of(&p->h.tuple.dst);
-	if (!bridge || p->h.fragment != FRAGMENT_NONE)
+	if (!bridge)
 		return PASS;
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);

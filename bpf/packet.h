@@ -46,7 +46,9 @@ struct headers {
 	__u8 tcp;      /* flags byte of the TCP header, or what is like it in SCTP: sctp.h */
 	__u8 icmp;     /* type of the ICMP message */
 	__u8 tos;      /* of IPv4 */
-	__u8 pad[3];
+	__u8 part; /* of a fragment: where its part of the datagram begins, in 4 bytes from l3 */
+	__u8 fate; /* enum fragment_fate: what the first fragment has met, or meets */
+	__u8 pad;
 	__be32 flow; /* class and label of IPv6 */
 };
 

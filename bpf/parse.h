@@ -89,7 +89,11 @@ static __always_inline enum parsed parse_transport(struct __sk_buff *skb, struct
 		if (h->l4 + sizeof(struct tcphdr) > h->end ||
 		    bpf_skb_load_bytes(skb, h->l4 + 12, bits, sizeof(bits)) < 0)
 			return PARSED_MALFORMED;
-		if (bits[0] >> 4 < 5 || h->l4 + (bits[0] >> 4) * 4 > h->end)
+		/* a first fragment may end within the options, but not before the checksum and the
+		 * flags (RFC 1858 section 3)
+		 */
+		if (bits[0] >> 4 < 5 ||
+		    (h->fragment == FRAGMENT_NONE && h->l4 + (bits[0] >> 4) * 4 > h->end))
 			return PARSED_MALFORMED;
 		h->tcp = bits[1];
 		return PARSED;
@@ -173,6 +177,7 @@ static __always_inline enum parsed parse_ipv4(struct __sk_buff *skb, struct head
 	h->flow = 0;
 	h->tuple.pad = 0;
 	h->l4 = h->l3 + header;
+	h->part = header / 4;
 	fragment = bpf_ntohs(ip.fragment);
 	h->fragment = fragment & 0x1fff	  ? FRAGMENT_LATER
 		      : fragment & 0x2000 ? FRAGMENT_FIRST
@@ -233,6 +238,10 @@ static __always_inline enum parsed parse_ipv6(struct __sk_buff *skb, struct head
 			__u16 offset = bpf_ntohs(extension.offset);
 
 			at += 8;
+			/* a fragment of a fragment; or headers of a kilobyte before it */
+			if (h->fragment != FRAGMENT_NONE || at - h->l3 > 4 * 0xff)
+				return PARSED_MALFORMED;
+			h->part = (at - h->l3) / 4;
 			if (offset & 0xfff8)
 				h->fragment = FRAGMENT_LATER;
 			else if (offset & 1)
@@ -263,6 +272,7 @@ __noinline enum parsed parse_headers(struct __sk_buff *skb, struct headers *h, _
 	if (!h)
 		return PARSED_MALFORMED;
 	h->l3 = l3;
+	h->fate = FATE_UNKNOWN;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		return parse_ipv4(skb, h, false);
 	if (skb->protocol == bpf_htons(ETH_P_IPV6))
@@ -290,6 +300,43 @@ static __always_inline enum parsed parse_quoted(const struct packet *p, struct h
 	quoted->l3 = p->h.l4 + 8;
 	quoted->end = p->h.end;
 	return parse_quoted_headers(p->skb, quoted, p->h.tuple.family == FAMILY_IPV4);
+}
+
+/* What a fragment is of its datagram. */
+struct part {
+	__be32 id;
+	__u32 offset; /* in bytes */
+	__u32 length;
+};
+
+static __always_inline bool parse_part(struct __sk_buff *skb, const struct headers *h,
+				       struct part *part)
+{
+	__u32 begin = h->l3 + h->part * 4;
+	struct {
+		__be16 offset;
+		__be32 id;
+	} __attribute__((packed)) ipv6;
+	struct {
+		__be16 id;
+		__be16 offset;
+	} ipv4;
+
+	if (h->end < begin)
+		return false;
+	part->length = h->end - begin;
+	if (h->tuple.family == FAMILY_IPV4) {
+		if (bpf_skb_load_bytes(skb, h->l3 + 4, &ipv4, sizeof(ipv4)))
+			return false;
+		part->id = ipv4.id;
+		part->offset = (bpf_ntohs(ipv4.offset) & 0x1fff) * 8;
+		return true;
+	}
+	if (bpf_skb_load_bytes(skb, begin - 6, &ipv6, sizeof(ipv6)))
+		return false;
+	part->id = ipv6.id;
+	part->offset = bpf_ntohs(ipv6.offset) & 0xfff8;
+	return true;
 }
 
 /* Neighbour discovery and multicast listener messages live on the link. */

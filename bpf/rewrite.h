@@ -144,7 +144,7 @@ static __always_inline long rewrite_ports(struct packet *p, const struct tuple *
 	return err;
 }
 
-/* Gives the packet another tuple. After a failed write nobody knows what it looks like. */
+/* Gives the packet another tuple; a later fragment has no ports. After a failed write nobody knows what it looks like. */
 static __noinline enum verdict rewrite(struct packet *p, const struct tuple *to)
 {
 	const struct headers *h = &p->h;
@@ -153,7 +153,8 @@ static __noinline enum verdict rewrite(struct packet *p, const struct tuple *to)
 	if (h->tuple.proto == IPPROTO_SCTP && h->fragment != FRAGMENT_NONE &&
 	    (h->tuple.sport != to->sport || h->tuple.dport != to->dport))
 		return drop(p, DROP_FRAGMENT);
-	if (rewrite_addrs(p, &to->src, &to->dst) || rewrite_ports(p, to))
+	if (rewrite_addrs(p, &to->src, &to->dst) ||
+	    (h->fragment != FRAGMENT_LATER && rewrite_ports(p, to)))
 		return drop(p, DROP_REWRITE);
 	return PASS;
 }

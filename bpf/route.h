@@ -27,7 +27,8 @@ static __always_inline long fib_lookup(const struct packet *p, const struct addr
 	fib->ifindex = ifindex;
 	fib->tot_len = length;
 	fib->l4_protocol = t->proto;
-	if (has_ports(t->proto)) {
+	/* the kernel does not look for ports in fragments */
+	if (has_ports(t->proto) && p->h.fragment == FRAGMENT_NONE) {
 		fib->sport = t->sport;
 		fib->dport = t->dport;
 	}

@@ -6,6 +6,7 @@
 #include "create.h"
 #include "fast.h"
 #include "flow.h"
+#include "fragment.h"
 #include "guard.h"
 #include "icmp.h"
 #include "lease.h"
@@ -113,11 +114,51 @@ static __always_inline bool is_own(struct packet *p, __u32 l3)
 	return (proto == IPPROTO_TCP || proto == IPPROTO_UDP) && is_outside(p, &src);
 }
 
+/* A container's address is in the packet: it must not leave. */
+static __always_inline enum verdict leave(struct packet *p, __u32 from)
+{
+	struct found f;
+	enum verdict v;
+
+	if (p->h.kind != KIND_FLOW)
+		return drop(p, p->h.fragment == FRAGMENT_NONE ? DROP_PROTOCOL : DROP_FRAGMENT);
+	if (half_find(&p->h.tuple, &f, false) && f.half->role != ROLE_TRANSIT &&
+	    half_accepts(f.half, CLASS_BRIDGE, from) && !opens_anew(p, &f) &&
+	    (p->h.fragment == FRAGMENT_LATER || way_holds(p, f.half, f.id))) {
+		lease_outward(p, &f);
+		return translate(p, &f);
+	}
+	if (p->h.fragment == FRAGMENT_LATER)
+		return drop(p, DROP_FRAGMENT);
+	if (is_stray(&p->h))
+		return drop(p, DROP_TCP_UNEXPECTED);
+	if (is_echo(&p->h) && !is_echo_request(&p->h))
+		return drop(p, DROP_ICMP_UNRELATED);
+	p->absent = f.absent;
+	v = begin(p, open_outward(p), &f);
+	return v == GO_ON ? translate(p, &f) : v;
+}
+
+/* The device that a fragment came in by. The host that puts IPv6 datagrams together and cuts them again
+ * (conntrack) forgets it (ip6_copy_metadata), or names the bridge's port where that was done on the
+ * bridge.
+ */
+static __noinline __u32 fragment_input(struct packet *p, __u32 from)
+{
+	const struct device *device;
+
+	if (p->h.tuple.family != FAMILY_IPV6)
+		return from;
+	if (!from)
+		return bridge_of(&p->h.tuple.src);
+	device = bpf_map_lookup_elem(&devices, &from);
+	return device && device->class == CLASS_PORT ? device->bridge : from;
+}
+
 static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 {
 	__u32 from = p->skb->ingress_ifindex, bridge;
 	enum parsed parsed;
-	struct found f;
 	enum verdict v;
 
 	p->bridge = from;
@@ -134,6 +175,8 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 		return drop(p, DROP_V4_MAPPED);
 	if (parsed == PARSED_MALFORMED)
 		return is_bridge(from) ? drop(p, DROP_MALFORMED) : PASS;
+	if (p->h.fragment != FRAGMENT_NONE)
+		from = p->bridge = fragment_input(p, from);
 	bridge = bridge_of_sender(p, &p->h.tuple.src, from);
 	if (is_local_scope(&p->h)) /* multicast that the host routes, with a container's address */
 		return bridge && from ? drop(p, DROP_MULTICAST) : PASS;
@@ -143,25 +186,15 @@ static __always_inline enum verdict uplink_egress(struct packet *p, __u32 l3)
 		return error_outward(p, bridge);
 	if (!bridge)
 		return PASS; /* the host's own, or forwarded for somebody else */
-
-	/* from here on a container's address is in the packet: it must not leave */
-	if (p->h.fragment != FRAGMENT_NONE)
-		return drop(p, DROP_FRAGMENT);
-	if (p->h.kind != KIND_FLOW)
-		return drop(p, DROP_PROTOCOL);
-	if (half_find(&p->h.tuple, &f, false) && f.half->role != ROLE_TRANSIT &&
-	    half_accepts(f.half, CLASS_BRIDGE, from) && !opens_anew(p, &f) &&
-	    way_holds(p, f.half, f.id)) {
-		lease_outward(p, &f);
-		return translate(p, &f);
+	if (__builtin_expect(p->h.fragment != FRAGMENT_NONE, 0)) {
+		v = fragment_begin(p, HOOK_EGRESS | from);
+		if (v == GO_ON && is_early(p))
+			v = fragment_wait(p, HOOK_EGRESS | from, DROP);
+		if (v != GO_ON)
+			return v;
 	}
-	if (is_stray(&p->h))
-		return drop(p, DROP_TCP_UNEXPECTED);
-	if (is_echo(&p->h) && !is_echo_request(&p->h))
-		return drop(p, DROP_ICMP_UNRELATED);
-	p->absent = f.absent;
-	v = begin(p, open_outward(p), &f);
-	return v == GO_ON ? translate(p, &f) : v;
+	v = leave(p, from);
+	return p->h.fragment == FRAGMENT_FIRST ? fragment_end(p, v, HOOK_EGRESS | from) : v;
 }
 
 static __noinline enum verdict error_inward(struct packet *p)
@@ -193,9 +226,51 @@ static __always_inline enum verdict translate_inward(struct packet *p, struct fo
 	return translate(p, f);
 }
 
-static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
+/* What comes from the world, to one of its flows or to begin one. */
+static __always_inline enum verdict arrive(struct packet *p, __u32 l3)
 {
 	struct found f;
+	enum verdict v;
+
+	if (p->h.kind != KIND_FLOW) {
+		p->h.fate = FATE_UNTOUCHED;
+		return PASS;
+	}
+	if (!p->absent && half_find(&p->h.tuple, &f, false) &&
+	    half_accepts(f.half, CLASS_UPLINK, p->skb->ifindex) && !opens_anew(p, &f))
+		return translate_inward(p, &f, l3);
+	if (p->h.fragment == FRAGMENT_LATER)
+		return p->h.fate == FATE_UNTOUCHED ? guard_inside(p) : drop(p, DROP_FRAGMENT);
+	p->absent = p->absent || f.absent;
+	v = open_inward(p);
+	if (v == PASS)
+		v = open_direct(p);
+	if (v == PASS) {
+		p->h.fate = FATE_UNTOUCHED;
+		return guard_inside(p);
+	}
+	v = begin(p, v, &f);
+	return v == GO_ON ? translate_inward(p, &f, l3) : v;
+}
+
+/* A later fragment of a datagram that nothing is known of: for a container perhaps, or the host's own, or
+ * one that it forwards for somebody else. What there is no room for is the host's, as all of it would
+ * be without us.
+ */
+static __noinline enum verdict early_from_uplink(struct packet *p)
+{
+	__u32 ifindex;
+
+	if (bridge_of(&p->h.tuple.dst))
+		return fragment_wait(p, HOOK_INGRESS, DROP);
+	if (route_of(p, &ifindex) == ROUTE_FORWARD && ifindex &&
+	    !bpf_map_lookup_elem(&devices, &ifindex))
+		return PASS;
+	return fragment_wait(p, HOOK_INGRESS, PASS);
+}
+
+static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
+{
 	enum verdict v;
 
 	if (p->skb->pkt_type != PACKET_HOST || is_vlan(p->skb))
@@ -210,8 +285,13 @@ static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
 		return drop(p, DROP_V4_MAPPED);
 	case PARSED:
 		break;
+	case PARSED_MALFORMED:
+		/* the kernel drops what is malformed, but for a first fragment that is too short
+		 * for its header (RFC 1858)
+		 */
+		return p->h.fragment == FRAGMENT_FIRST ? drop(p, DROP_MALFORMED) : PASS;
 	default:
-		return PASS; /* the kernel drops what is malformed */
+		return PASS;
 	}
 	if (is_local_scope(&p->h))
 		return PASS;
@@ -219,22 +299,13 @@ static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
 		return drop(p, DROP_LOOPBACK);
 	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE)
 		return error_inward(p);
-	if (p->h.kind != KIND_FLOW)
-		return PASS;
-
-	if (!p->absent && half_find(&p->h.tuple, &f, false) &&
-	    half_accepts(f.half, CLASS_UPLINK, p->skb->ifindex)) {
-		if (p->h.fragment != FRAGMENT_NONE)
-			return drop(p, DROP_FRAGMENT);
-		if (!opens_anew(p, &f))
-			return translate_inward(p, &f, l3);
+	if (__builtin_expect(p->h.fragment != FRAGMENT_NONE, 0)) {
+		v = fragment_begin(p, HOOK_INGRESS);
+		if (v == GO_ON && is_early(p))
+			v = early_from_uplink(p);
+		if (v != GO_ON)
+			return v;
 	}
-	p->absent = p->absent || f.absent;
-	v = open_inward(p);
-	if (v == PASS)
-		v = open_direct(p);
-	if (v == PASS)
-		return guard_inside(p);
-	v = begin(p, v, &f);
-	return v == GO_ON ? translate_inward(p, &f, l3) : v;
+	v = arrive(p, l3);
+	return p->h.fragment == FRAGMENT_FIRST ? fragment_end(p, v, HOOK_INGRESS) : v;
 }

@@ -32,7 +32,9 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 	return [bpf.NATCounterCOUNTER_COUNT]wording{
 		bpf.NATCounterDROP_MALFORMED:        {"malformed", "The headers were cut short or contradict each other; usually a broken or hostile sender."},
 		bpf.NATCounterDROP_V4MAPPED:         {"v4-mapped", "An IPv6 packet carried IPv4-mapped addresses, which never belong on a wire."},
-		bpf.NATCounterDROP_FRAGMENT:         {"fragment", "A fragment of or for a container came, and fragments are not translated yet; usually a datagram larger than the MTU."},
+		bpf.NATCounterDROP_FRAGMENT:         {"fragment", "A fragment belonged to a datagram whose first fragment was refused, or overlapped that one."},
+		bpf.NATCounterDROP_FRAGMENT_NO_ROOM: {"fragment-no-room", "A fragment came before the first one of its datagram, and four were waiting for that already, or 256 for others."},
+		bpf.NATCounterDROP_FRAGMENT_ALONE:   {"fragment-alone", "A fragment waited two seconds for the first one of its datagram, which did not come."},
 		bpf.NATCounterDROP_PROTOCOL:         {"protocol", "A container used a protocol that is not translated: TCP, UDP, UDP-Lite, SCTP and ICMP are."},
 		bpf.NATCounterDROP_LOOPBACK:         {"loopback", "A packet from outside or from a container was sent to or from a loopback address."},
 		bpf.NATCounterDROP_SPOOFED_ADDRESS:  {"spoofed-address", "A packet had an address that its sender has no right to: a container one that is not its own, or somebody else a container's."},
@@ -65,6 +67,8 @@ func wordings() [bpf.NATCounterCOUNTER_COUNT]wording {
 		bpf.NATCounterPACKETS_REDIRECTED:    {PacketsRedirected, "A packet took the fast path, past the host's stack."},
 		bpf.NATCounterEXPIRY_OVERDUE:        {"expiry-overdue", "A new flow found that the expiry had not run for a second: flows may not end."},
 		bpf.NATCounterFLOWS_STALE:           {"flows-stale", "A container's flow ended, since the host lost the address that masquerade gave it, or routes it by another uplink; it began anew."},
+		bpf.NATCounterFRAGMENTS_HELD:        {"fragments-held", "A fragment came before the first one of its datagram, and waits for that."},
+		bpf.NATCounterFRAGMENTS_RELEASED:    {"fragments-released", "A fragment that had waited for the first one of its datagram went on."},
 	}
 }
 

@@ -11,26 +11,20 @@ import (
 
 // What is not translated yet is dropped and counted by its reason, and never leaks.
 func TestRefused(t *testing.T) {
-	const big = 3000 // bytes, three fragments
+	const big = 3000 // bytes, four fragments of 1000
 	for _, test := range []struct {
 		name    string
 		counter string
 		send    func(t *testing.T, r *rig, f lab.Family)
 	}{
-		{"fragments out", "fragment", func(t *testing.T, r *rig, f lab.Family) {
-			mustNotPing(t, r.Containers[0], r.World.Loopback(f), lab.PingOptions{Size: big})
-		}},
-		{"fragments to a published port", "fragment", func(t *testing.T, r *rig, f lab.Family) {
+		{"the rest of a datagram without its first fragment", "fragment-alone", func(t *testing.T, r *rig, f lab.Family) {
 			r.publish(t, maps.SinglePort(3005), r.Containers[0].Addr(f), maps.PortRange{})
-			conn, err := r.World.DialUDP(netip.AddrPort{}, at(r.Host.Addr(f), 3005))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer conn.Close()
-			if _, err := conn.Write(make([]byte, big)); err != nil {
-				t.Fatal(err)
-			}
-			poll(t, "a fragment is counted", func() bool { return r.drops(t)["fragment"] > 0 })
+			before := r.drops(t)["fragment-alone"]
+			d := datagram{at(r.Containers[0].Addr(f), 5000), at(r.World.Loopback(f), 5000), 1, make([]byte, big)}
+			newRawSender(t, r.Containers[0], f).send(t, d.cut(1000)[1:]...)
+			d.src, d.dst = at(r.World.Addr(f), 5000), at(r.Host.Addr(f), 3005)
+			newRawSender(t, r.World, f).send(t, d.cut(1000)[1:]...)
+			poll(t, "all that wait in vain are dropped", func() bool { return r.drops(t)["fragment-alone"] == before+6 })
 		}},
 		{"a container's own address from outside", "no-flow", func(t *testing.T, r *rig, f lab.Family) {
 			if err := r.Router.AddRoute(lab.BridgeSubnet(f), r.Host.Addr(f), "eth0"); err != nil {

@@ -29,7 +29,8 @@ func (s shape) split(ip []byte) [][]byte {
 		end := min(at+s.fragment, len(body))
 		parts = append(parts, s.part(ip, h, at, end, end < len(body)))
 	}
-	return parts
+	late := min(s.late, len(parts)-1)
+	return slices.Concat(parts[1:1+late], parts[:1], parts[1+late:])
 }
 
 // part is one fragment: the bytes from at to end of what is behind the headers.
@@ -66,12 +67,14 @@ func setHeaderChecksum(header []byte) {
 }
 
 // join puts fragments together that belong to one packet and are all there, in whatever order. Other
-// packets stay as they are.
+// packets stay as they are. The options of IPv4 are the first fragment's: who cuts a packet leaves most
+// of them out of the others.
 func join(packets [][]byte) [][]byte {
 	type part struct {
-		at   int
-		more bool
-		body []byte
+		at      int
+		more    bool
+		options []byte
+		body    []byte
 	}
 	var whole, joined [][]byte
 	parts := map[string][]part{} // by all of the headers that fragments share
@@ -94,6 +97,7 @@ func join(packets [][]byte) [][]byte {
 			clear(head[2:4])
 			clear(head[6:8])
 			clear(head[10:12])
+			p.options, head = head[ipv4Size:], head[:ipv4Size]
 		}
 		key := string(head)
 		if parts[key] == nil {
@@ -104,7 +108,7 @@ func join(packets [][]byte) [][]byte {
 	for _, key := range order {
 		list := parts[key]
 		slices.SortFunc(list, func(a, b part) int { return a.at - b.at })
-		ip := []byte(key)
+		ip := append([]byte(key), list[0].options...)
 		for _, p := range list {
 			ip = append(ip, p.body...)
 		}

@@ -10,8 +10,7 @@ import (
 
 // features are parts of the generator that can be switched on and off.
 type features struct {
-	fragments bool // tcnat drops them so far
-	sctp      bool // conversations of SCTP alone
+	sctp bool // conversations of SCTP alone
 }
 
 // generator writes one script.
@@ -19,15 +18,17 @@ type generator struct {
 	*rand.Rand
 	*script
 	features
-	port uint16 // the first of the conversation's block
+	cuts *rand.Rand // of its own: what a seed has said before fragments came stays so
+	port uint16     // the first of the conversation's block
 }
 
 // newScript writes the script of one conversation; the same seed and number give the same.
 func newScript(seed uint64, number int, on features) *script {
 	g := &generator{
 		Rand:     rand.New(rand.NewPCG(seed, uint64(number))),
-		script:   &script{number: number, family: lab.IPv4},
 		features: on,
+		cuts:     rand.New(rand.NewPCG(^seed, uint64(number))),
+		script:   &script{number: number, family: lab.IPv4},
 		port:     uint16(firstPort + number%maxTogether*portBlock),
 	}
 	if g.IntN(2) == 1 {
@@ -236,8 +237,11 @@ func (g *generator) shape() shape {
 	if g.percent(3) {
 		s.padding = 1 + g.IntN(40)
 	}
-	if g.fragments && g.percent(6) {
-		s.fragment, s.df = 8*(3+g.IntN(20)), false
+	if !g.sctp && g.cuts.IntN(100) < 6 { // its checksum does not follow ports in fragments
+		s.fragment, s.df = 8*(3+g.cuts.IntN(20)), false
+		if g.cuts.IntN(100) < 40 {
+			s.late = 1 + g.cuts.IntN(4) // no more are held
+		}
 	}
 	return s
 }

@@ -19,7 +19,6 @@ var (
 	conversationFlag  = flag.Int("conversation", -1, "hold this conversation only, and tell each step")
 	conversationsFlag = flag.Int("conversations", 0, "how many to hold of each seed; 0: 100,000 with TCNAT_TEST_LONG, else some thousand")
 	strictFlag        = flag.String("strict", "", "fail also for this known difference: its name, a bug as \"judge 1\", or all")
-	fragmentsFlag     = flag.Bool("fragments", false, "send fragments, too, which tcnat does not carry yet")
 )
 
 const (

@@ -134,6 +134,20 @@ func knownDifferences() []knownDifference {
 			goesOn:  true,
 		},
 		{
+			name: "error in fragments",
+			why: "netfilter puts an ICMP error together, tcnat drops it, or leaves it to the host. An error is not larger than " +
+				"any path carries whole: RFC 792 and RFC 1812 (576 bytes), RFC 4443 (1280).",
+			matches: errorInFragments,
+			goesOn:  true,
+		},
+		{
+			name: "the host's errors about fragments",
+			why: "conntrack puts a datagram together before it is routed, so the host says of the whole that its TTL is used up; " +
+				"with tcnat it forwards fragments, and says so of the first, or with IPv6 of each.",
+			matches: hostsErrorAboutFragments,
+			goesOn:  true,
+		},
+		{
 			name: "error with a bad checksum",
 			why: "judge 2: RFC 5508 REQ-3: an error with a bad checksum should be dropped. " +
 				"tcnat translates it, and it stays wrong.",
@@ -142,6 +156,9 @@ func knownDifferences() []knownDifference {
 		},
 	}
 }
+
+// inFragments tells whether the step's packet, or its repetition, was sent in fragments.
+func (d *difference) inFragments() bool { return d.steps[d.at].shape.fragment > 0 }
 
 // delivered tells whether the one packet that a step brings arrives at the other side's end, and
 // nothing else anywhere.

@@ -132,6 +132,7 @@ type shape struct {
 	extensions []extension
 	padding    int // bytes on the wire behind the packet
 	fragment   int // cut into fragments with so many bytes, a multiple of 8; 0: not
+	late       int // fragments that come before the first
 	damage     damage
 }
 

@@ -161,6 +161,9 @@ func (s shape) String() string {
 	}
 	if s.fragment > 0 {
 		fmt.Fprintf(&b, ", in fragments of %d bytes", s.fragment)
+		if s.late > 0 {
+			fmt.Fprintf(&b, ", the first after %d others", s.late)
+		}
 	}
 	switch s.damage {
 	case noChecksum:

@@ -41,7 +41,7 @@ func newJudge(t *testing.T, o loader.AttachOptions, change func(*natmaps.Rules))
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
-	j := &judge{mode: o.FastPath, known: map[string]int{}, on: features{fragments: *fragmentsFlag}}
+	j := &judge{mode: o.FastPath, known: map[string]int{}}
 	j.worlds[netfilter] = newWorld(t, "netfilter")
 	j.worlds[tcnat] = newWorld(t, "tcnat")
 	useNetfilter(t, j.worlds[netfilter])
