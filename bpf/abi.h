@@ -263,6 +263,8 @@ struct dnat_range_key {
 enum dnat_flag {
 	DNAT_ALLOW_LIST = 1, /* only sources in the allow map may come in */
 	DNAT_KEEP_PORT = 2,  /* no port in --to-destination */
+	DNAT_BACKENDS = 4,   /* several --to-destination: see struct backend */
+	DNAT_SOURCE = 8,     /* which of them follows from the client's address */
 };
 
 struct dnat_rule {
@@ -274,6 +276,9 @@ struct dnat_rule {
 	__u32 id;
 	__u32 generation;
 	enum dnat_flag flags;
+	__u32 affinity; /* stamps; 0: none */
+	__u16 slots;	/* of backends, 0 where there is one target */
+	__u16 pad;
 };
 
 /* (rule, prefix): sources a DNAT rule lets in, destinations an SNAT rule leaves alone. */
@@ -485,7 +490,7 @@ _Static_assert(sizeof(struct moved_port) == 4, "moved_port");
 _Static_assert(sizeof(struct expiry_entry) == 48, "expiry_entry");
 _Static_assert(sizeof(struct dnat_key) == 24, "dnat_key");
 _Static_assert(sizeof(struct dnat_range_key) == 28, "dnat_range_key");
-_Static_assert(sizeof(struct dnat_rule) == 36, "dnat_rule");
+_Static_assert(sizeof(struct dnat_rule) == 44, "dnat_rule: with its key, still of kmalloc-128");
 _Static_assert(sizeof(struct rule_prefix_key) == 24, "rule_prefix_key");
 _Static_assert(sizeof(struct snat_key) == 24, "snat_key");
 _Static_assert(sizeof(struct snat_rule) == 36, "snat_rule");

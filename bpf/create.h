@@ -56,7 +56,7 @@ __noinline enum created own_ended_reply(void)
 	if (original)
 		bpf_map_delete_elem(&flows, key);
 	if (hairpin)
-		transits_delete(key, &plan->original, was.id, &plan->transit);
+		transits_delete(key, &plan->original, was.id);
 	plan->takeover = true;
 	plan->reversed = true;
 	plan->old_claim = plan->original;
@@ -209,8 +209,7 @@ static __always_inline void give_back_claim(struct plan *plan)
 	struct half *original;
 
 	if (plan->translation == TRANSLATION_HAIRPIN)
-		transits_delete(&plan->original, &plan->entry.claim, plan->entry.id,
-				&plan->transit);
+		transits_delete(&plan->original, &plan->entry.claim, plan->entry.id);
 	bpf_map_delete_elem(&flows, &plan->entry.claim);
 	mappings_drop(plan_holds(plan), &plan->original, &plan->entry.claim);
 	full_barrier(plan);

@@ -64,12 +64,11 @@ static __always_inline void delete_flow(const struct tuple *key, const struct ha
 					enum translation translation, enum held held)
 {
 	const struct tuple *claim = &entry->claim;
-	struct tuple transit;
 
 	if (original)
 		bpf_map_delete_elem(&flows, key);
 	if (translation == TRANSLATION_HAIRPIN)
-		transits_delete(key, claim, entry->id, &transit);
+		transits_delete(key, claim, entry->id);
 	bpf_map_delete_elem(&flows, claim);
 	mappings_drop(held, key, claim);
 	count(FLOWS_ENDED);

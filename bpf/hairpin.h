@@ -98,7 +98,7 @@ static __noinline enum verdict open_hairpin(struct packet *p)
 	plan->entry.claim.dst = t->dst;
 	snat = snat_find(p->config, &t->src, 0);
 	if (snat && !(snat->flags & SNAT_MASQUERADE))
-		fixed_address(p, snat, &plan->entry.claim.dst);
+		fixed_address(p, snat, plan);
 	return GO_ON;
 }
 

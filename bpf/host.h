@@ -8,6 +8,7 @@
  */
 #pragma once
 
+#include "backend.h"
 #include "rule.h"
 
 #define AF_INET 2
@@ -108,17 +109,24 @@ static __always_inline bool host_translate(struct bpf_sock_addr *ctx, struct hos
 					   bool connects)
 {
 	const struct dnat_rule *rule = &call->match.rule;
+	__u64 cookie = bpf_get_socket_cookie(ctx);
 
 	if ((call->to.proto != IPPROTO_TCP && call->to.proto != IPPROTO_UDP) ||
-	    !host_rule(call, connects) || !host_can_reach(ctx, &call->to, &rule->to))
+	    !host_rule(call, connects))
+		return false;
+	/* a socket keeps to one backend, whatever it sends */
+	if (rule->flags & DNAT_BACKENDS &&
+	    !backend_choose(&call->match, &call->key.addr, mix(0, cookie) >> 32))
+		return false;
+	if (!host_can_reach(ctx, &call->to, &rule->to))
 		return false;
 	call->peer.port = call->to.dport;
 	call->peer.connected = connects;
-	call->peer.rule = rule->id;
+	call->peer.rule = call->match.maker;
 	call->peer.generation = rule->generation;
 	call->key.addr = rule->to;
 	call->key.port = dnat_port(rule, call->to.dport);
-	call->key.cookie = bpf_get_socket_cookie(ctx);
+	call->key.cookie = cookie;
 	return host_note(call);
 }
 

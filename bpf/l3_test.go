@@ -67,7 +67,7 @@ func TestWithoutEthernet(t *testing.T) {
 				d.passesBytes(ingress, back.ip(), seen.ip())
 				want := c.flow(false, bpf.NATTranslationTRANSLATION_SNAT, snatID(0))
 				want.out, want.in = 1, 1
-				if p.name == tcp.name {
+				if p.states() {
 					want.outTCP, want.inTCP = sawSYN, sawSYN
 				}
 				d.checkFlow(want)

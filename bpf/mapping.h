@@ -30,7 +30,7 @@
 #include "tuple.h"
 
 #define JOIN_WAITS 8
-#define LOCK_WAITS 1024 /* some ten microseconds: who has the lock may be in an interrupt */
+#define LOCK_WAITS 8192 /* some hundred microseconds: who has the lock may be in an interrupt */
 
 static __always_inline __u32 outside_hash(const struct addr *outside, __u8 proto)
 {

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* maps.h - every map, with who writes and who reads it. None evicts, but for the LRU ones, which
+/* maps.h - every map, with who writes and who reads it. None evicts, but for LRU ones that
  * hold no flow: a full map refuses.
  */
 #pragma once
 
 #include "abi.h"
-#include "datagram.h"
+#include "abi_backend.h"
+#include "abi_datagram.h"
 
 /* Written by Go; read by every program, once a packet. */
 struct {
@@ -218,6 +219,21 @@ struct rule_prefixes_set {
 	__type(value, __u8);
 } no_rule_prefixes SEC(".maps");
 
+struct backends_set {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__type(key, struct backend_key);
+	__type(value, struct backend);
+} no_backends SEC(".maps");
+
+struct affinities_table {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity);
+} no_affinities SEC(".maps");
+
 /* Published single ports. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
@@ -256,4 +272,26 @@ struct {
 	__array(values, struct rule_prefixes_set);
 } rule_prefixes SEC(".maps") = {
 	.values = {&no_rule_prefixes, &no_rule_prefixes},
+};
+
+/* The targets of DNAT rules that have several. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct backends_set);
+} backends SEC(".maps") = {
+	.values = {&no_backends, &no_backends},
+};
+
+/* Clients of such rules, where a rule asks for it: then Go puts a larger table there, of which the
+ * one unused longest may go.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct affinities_table);
+} affinities SEC(".maps") = {
+	.values = {&no_affinities},
 };

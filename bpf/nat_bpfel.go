@@ -55,6 +55,19 @@ const (
 	NATAdjacencyStateADJACENCY_READY NATAdjacencyState = 2
 )
 
+type NATAffinity struct {
+	_          structs.HostLayout
+	Backend    uint32
+	Generation uint32
+	Stamp      uint32
+}
+
+type NATAffinityKey struct {
+	_      structs.HostLayout
+	Client NATAddr
+	Rule   uint32
+}
+
 type NATAttachKind uint32
 
 const (
@@ -62,6 +75,25 @@ const (
 	NATAttachKindATTACH_CLSACT NATAttachKind = 2
 	NATAttachKindATTACH_MANUAL NATAttachKind = 3
 )
+
+type NATBackend struct {
+	_          structs.HostLayout
+	To         NATAddr
+	ToFirst    uint16
+	ToLast     uint16
+	Rule       uint32
+	Id         uint32
+	Generation uint32
+	Weight     uint16
+	KeepPort   uint8
+	Pad        uint8
+}
+
+type NATBackendKey struct {
+	_    structs.HostLayout
+	Rule uint32
+	Slot uint32
+}
 
 type NATConfig struct {
 	_           structs.HostLayout
@@ -189,6 +221,8 @@ type NATDnatFlag uint32
 const (
 	NATDnatFlagDNAT_ALLOW_LIST NATDnatFlag = 1
 	NATDnatFlagDNAT_KEEP_PORT  NATDnatFlag = 2
+	NATDnatFlagDNAT_BACKENDS   NATDnatFlag = 4
+	NATDnatFlagDNAT_SOURCE     NATDnatFlag = 8
 )
 
 type NATDnatKey struct {
@@ -230,6 +264,9 @@ type NATDnatRule struct {
 	Id         uint32
 	Generation uint32
 	Flags      NATDnatFlag
+	Affinity   uint32
+	Slots      uint16
+	Pad        uint16
 }
 
 type NATEndpoint struct {
@@ -416,16 +453,12 @@ type NATOwn struct {
 type NATPlan struct {
 	_         structs.HostLayout
 	Published struct {
-		_    structs.HostLayout
-		Rule NATDnatRule
-		Any  uint32
-		Key  struct {
-			_    structs.HostLayout
-			Port NATDnatKey
-			_    [4]byte
-		}
+		_     structs.HostLayout
+		Rule  NATDnatRule
+		Maker uint32
+		Set   uint32
+		Any   uint32
 	}
-	_     [4]byte
 	Quote struct {
 		_ structs.HostLayout
 		H struct {
@@ -462,6 +495,9 @@ type NATPlan struct {
 	OriginalIfindex uint32
 	ReplyIfindex    uint32
 	Uplink          uint32
+	Pool            uint32
+	Nth             uint32
+	PoolFirst       uint32
 	First           uint16
 	Last            uint16
 	Outside         uint8
@@ -476,7 +512,6 @@ type NATPlan struct {
 	_               [2]byte
 	Packets         uint32
 	Bytes           uint32
-	_               [4]byte
 	Lease           struct {
 		_     structs.HostLayout
 		Out   uint16
@@ -638,6 +673,8 @@ const (
 const (
 	NATMapAddresses          = "addresses"
 	NATMapAdjacencies        = "adjacencies"
+	NATMapAffinities         = "affinities"
+	NATMapBackends           = "backends"
 	NATMapConfig             = "config"
 	NATMapCounters           = "counters"
 	NATMapDevices            = "devices"
@@ -655,6 +692,8 @@ const (
 	NATMapLocals             = "locals"
 	NATMapMappings           = "mappings"
 	NATMapMovedPorts         = "moved_ports"
+	NATMapNoAffinities       = "no_affinities"
+	NATMapNoBackends         = "no_backends"
 	NATMapNoDnatPorts        = "no_dnat_ports"
 	NATMapNoDnatRanges       = "no_dnat_ranges"
 	NATMapNoRulePrefixes     = "no_rule_prefixes"
@@ -764,6 +803,8 @@ type NATProgramSpecs struct {
 type NATMapSpecs struct {
 	Addresses         *ebpf.MapSpec `ebpf:"addresses"`
 	Adjacencies       *ebpf.MapSpec `ebpf:"adjacencies"`
+	Affinities        *ebpf.MapSpec `ebpf:"affinities"`
+	Backends          *ebpf.MapSpec `ebpf:"backends"`
 	Config            *ebpf.MapSpec `ebpf:"config"`
 	Counters          *ebpf.MapSpec `ebpf:"counters"`
 	Devices           *ebpf.MapSpec `ebpf:"devices"`
@@ -781,6 +822,8 @@ type NATMapSpecs struct {
 	Locals            *ebpf.MapSpec `ebpf:"locals"`
 	Mappings          *ebpf.MapSpec `ebpf:"mappings"`
 	MovedPorts        *ebpf.MapSpec `ebpf:"moved_ports"`
+	NoAffinities      *ebpf.MapSpec `ebpf:"no_affinities"`
+	NoBackends        *ebpf.MapSpec `ebpf:"no_backends"`
 	NoDnatPorts       *ebpf.MapSpec `ebpf:"no_dnat_ports"`
 	NoDnatRanges      *ebpf.MapSpec `ebpf:"no_dnat_ranges"`
 	NoRulePrefixes    *ebpf.MapSpec `ebpf:"no_rule_prefixes"`
@@ -826,6 +869,8 @@ func (o *NATObjects) Close() error {
 type NATMaps struct {
 	Addresses         *ebpf.Map `ebpf:"addresses"`
 	Adjacencies       *ebpf.Map `ebpf:"adjacencies"`
+	Affinities        *ebpf.Map `ebpf:"affinities"`
+	Backends          *ebpf.Map `ebpf:"backends"`
 	Config            *ebpf.Map `ebpf:"config"`
 	Counters          *ebpf.Map `ebpf:"counters"`
 	Devices           *ebpf.Map `ebpf:"devices"`
@@ -843,6 +888,8 @@ type NATMaps struct {
 	Locals            *ebpf.Map `ebpf:"locals"`
 	Mappings          *ebpf.Map `ebpf:"mappings"`
 	MovedPorts        *ebpf.Map `ebpf:"moved_ports"`
+	NoAffinities      *ebpf.Map `ebpf:"no_affinities"`
+	NoBackends        *ebpf.Map `ebpf:"no_backends"`
 	NoDnatPorts       *ebpf.Map `ebpf:"no_dnat_ports"`
 	NoDnatRanges      *ebpf.Map `ebpf:"no_dnat_ranges"`
 	NoRulePrefixes    *ebpf.Map `ebpf:"no_rule_prefixes"`
@@ -864,6 +911,8 @@ func (m *NATMaps) Close() error {
 	return _NATClose(
 		m.Addresses,
 		m.Adjacencies,
+		m.Affinities,
+		m.Backends,
 		m.Config,
 		m.Counters,
 		m.Devices,
@@ -881,6 +930,8 @@ func (m *NATMaps) Close() error {
 		m.Locals,
 		m.Mappings,
 		m.MovedPorts,
+		m.NoAffinities,
+		m.NoBackends,
 		m.NoDnatPorts,
 		m.NoDnatRanges,
 		m.NoRulePrefixes,

@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include "backend.h"
 #include "mapping.h"
 #include "packet.h"
 #include "plan.h"
@@ -12,23 +13,31 @@
 #include "rule.h"
 
 /* The outside address that a rule without masquerade gives: an inside address always gets the same one
- * (RFC 4787 REQ-2).
+ * (RFC 4787 REQ-2) and another one only when that has no port left (port.h).
  */
 static __always_inline void fixed_address(const struct packet *p, const struct snat_rule *rule,
-					  struct addr *to)
+					  struct plan *plan)
 {
 	const struct tuple *t = &p->h.tuple;
 	__u64 words[2] = {
 		(__u64)t->src.word[0] << 32 | t->src.word[1],
 		(__u64)t->src.word[2] << 32 | t->src.word[3],
 	};
-	__u32 nth;
 
-	*to = rule->to;
+	plan->entry.claim.dst = rule->to;
 	if (rule->to_count <= 1)
 		return;
-	nth = keyed_hash(p->config->secret, words, 2) % rule->to_count;
-	to->word[3] = bpf_htonl(bpf_ntohl(rule->to.word[3]) + nth);
+	plan->pool = rule->to_count;
+	plan->pool_first = rule->to.word[3];
+	plan->nth = keyed_hash(p->config->secret, words, 2) % rule->to_count;
+	pool_address(plan, plan->nth);
+}
+
+static __always_inline bool has_address(const struct snat_rule *rule, const struct addr *addr)
+{
+	return addr->word[0] == rule->to.word[0] && addr->word[1] == rule->to.word[1] &&
+	       addr->word[2] == rule->to.word[2] &&
+	       bpf_ntohl(addr->word[3]) - bpf_ntohl(rule->to.word[3]) < rule->to_count;
 }
 
 /* SNAT: a container, or the host with a bridge's address, speaks to the world. */
@@ -64,7 +73,7 @@ static __noinline enum verdict open_outward(struct packet *p)
 		if (!masquerade_address(p, &plan->entry.claim.dst))
 			return drop(p, DROP_NO_ADDRESS);
 	} else {
-		fixed_address(p, rule, &plan->entry.claim.dst);
+		fixed_address(p, rule, plan);
 	}
 	if (rule->port_first && has_ports(t->proto)) {
 		plan->first = rule->port_first;
@@ -73,6 +82,14 @@ static __noinline enum verdict open_outward(struct packet *p)
 		plan_ports(plan);
 	}
 	return GO_ON;
+}
+
+/* Which of several targets plan->published speaks of, for who comes in by a packet. */
+__noinline bool published_choose(const struct addr *client)
+{
+	struct plan *plan = plan_get();
+
+	return plan && client && backend_choose(&plan->published, client, bpf_get_prandom_u32());
 }
 
 static __always_inline bool is_published(struct packet *p, struct dnat_match *m)
@@ -99,9 +116,6 @@ static __always_inline enum verdict open_published(struct packet *p, struct plan
 
 	if (is_stray(&p->h))
 		return PASS;
-	bridge = bridge_of(&rule->to);
-	if (!bridge)
-		return PASS; /* the bridge of its target is gone */
 	if (!hairpin && bridge_of(&t->src))
 		return drop(p, DROP_SPOOFED_ADDRESS);
 	/* what docker-proxy carries already stays with it, and so do answers to the host's own */
@@ -109,10 +123,15 @@ static __always_inline enum verdict open_published(struct packet *p, struct plan
 		return PASS;
 	if (rule->flags & DNAT_ALLOW_LIST && !rule_lists(p->config, rule->id, &t->src))
 		return drop(p, DROP_NOT_ALLOWED);
+	if (rule->flags & DNAT_BACKENDS && !published_choose(&t->src))
+		return PASS;
+	bridge = bridge_of(&rule->to);
+	if (!bridge)
+		return PASS; /* the bridge of its target is gone */
 	plan_begin(p, plan);
 	plan->reply_class = CLASS_BRIDGE;
 	plan->reply_ifindex = bridge;
-	plan->rule = rule->id;
+	plan->rule = plan->published.maker;
 	plan->generation = rule->generation;
 	plan->entry.claim.src = rule->to;
 	plan->entry.claim.sport = dnat_port(rule, t->dport);
@@ -145,13 +164,13 @@ static __noinline bool is_mapped(struct packet *p, struct plan *plan)
 	if (snat->flags & SNAT_MASQUERADE) {
 		if (!bpf_map_lookup_elem(&host_addresses, &t->dst))
 			return false;
-	} else if (bpf_ntohl(t->dst.word[3]) - bpf_ntohl(snat->to.word[3]) >= snat->to_count) {
+	} else if (!has_address(snat, &t->dst)) {
 		return false;
 	}
 	plan->published.any = false;
 	rule->port_first = rule->port_last = bpf_ntohs(t->dport);
 	rule->to_first = rule->to_last = bpf_ntohs(port);
-	rule->id = snat->id;
+	rule->id = plan->published.maker = snat->id;
 	rule->generation = snat->generation;
 	rule->flags = 0;
 	return true;

@@ -162,6 +162,11 @@ type protocol struct {
 	noChecksum bool
 }
 
+// states tells whether it has connections, whose states a flow notes.
+func (p protocol) states() bool {
+	return p.name == tcp.name || p.name == sctp.name || p.name == sctpZero.name
+}
+
 func fixedProto(n uint8) func(family) uint8 { return func(family) uint8 { return n } }
 
 var (

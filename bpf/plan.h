@@ -35,6 +35,9 @@ struct plan {
 	__u32 original_ifindex;
 	__u32 reply_ifindex;
 	__u32 uplink;
+	__u32 pool; /* addresses that the claim's destination may be, from pool_first on; 0: one */
+	__u32 nth;  /* of these, the endpoint's own */
+	__be32 pool_first;
 	__u16 first; /* ports that may be chosen, host order */
 	__u16 last;
 	__u8 outside;  /* the claim's destination is an address of the host */
@@ -70,6 +73,12 @@ static __always_inline struct plan *plan_get(void)
 	return bpf_map_lookup_elem(&plans, &zero);
 }
 
+/* Makes the nth address of the pool the claim's destination. */
+static __always_inline void pool_address(struct plan *plan, __u32 nth)
+{
+	plan->entry.claim.dst.word[3] = bpf_htonl(bpf_ntohl(plan->pool_first) + nth % plan->pool);
+}
+
 static __always_inline __u16 uplink_index(__u32 ifindex)
 {
 	return ifindex % UPLINK_INDEX + 1;
@@ -91,6 +100,7 @@ static __always_inline void plan_begin(const struct packet *p, struct plan *plan
 	plan->translation = TRANSLATION_IDENTITY;
 	plan->map = false;
 	plan->target = false;
+	plan->pool = 0;
 	plan->outside = false;
 	plan->takeover = false;
 	plan->reversed = false;

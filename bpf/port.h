@@ -6,7 +6,9 @@
  *  3. else ports that a keyed hash gives, PORT_TRIES at most: a search of the whole range in
  *     softirq would hold the CPU (nf_nat_l4proto_unique_tuple says the same). Spread over the
  *     range, since hosts take their ports in runs;
- *  4. UDP only: when no port is free for one endpoint alone, one shared by destination
+ *  4. where the rule has several addresses and the endpoint's own one no port that was found, the
+ *     last tries are for the others, the wanted port of each first;
+ *  5. UDP only: when no port is free for one endpoint alone, one shared by destination
  *     (RFC 7857 section 3), counted.
  *
  * Inserting the reply half with BPF_NOEXIST is the claim: there is no other reservation.
@@ -109,7 +111,7 @@ __noinline bool port_is_used(struct __sk_buff *skb)
 	if (!has_ports(claim->proto))
 		return false;
 	if (dnat_find(claim, plan->uplink, m) &&
-	    !(addr_equal(&m->rule.to, &plan->original.src) &&
+	    !(!(m->rule.flags & DNAT_BACKENDS) && addr_equal(&m->rule.to, &plan->original.src) &&
 	      dnat_port(&m->rule, claim->dport) == plan->original.sport))
 		return true;
 	return host_has_socket(skb, claim, SOCKET_NOT_LISTENING);
@@ -128,6 +130,19 @@ __noinline __u64 probe_hash(void)
 	return keyed_hash(c->secret, (const __u64 *)&plan->original, 5);
 }
 
+/* Tries of the endpoint's own address, where there are others. */
+#define POOL_TRIES (PORT_TRIES - 16)
+
+/* The port of the nth try, counted from 1, of what the hash gives. A small range is gone through, so that its
+ * last free port is found.
+ */
+static __always_inline __u32 probe_port(const struct probe *probe, __u32 nth)
+{
+	if (probe->size <= PORT_TRIES)
+		return probe->plan->first + (probe->hash + nth) % probe->size;
+	return probe->plan->first + mix(probe->hash, nth) % probe->size;
+}
+
 static long try_port(__u32 i, void *context)
 {
 	struct probe *probe = context;
@@ -135,14 +150,20 @@ static long try_port(__u32 i, void *context)
 	struct tuple *claim = &plan->entry.claim;
 	__u16 wanted = bpf_ntohs(plan->original.sport);
 	enum mapped mapped;
-	__u32 port;
+	__u32 port, own = PORT_TRIES, others;
 
+	if (plan->pool)
+		own = POOL_TRIES;
+	if (probe->size < own)
+		own = probe->size;
 	if (!i) {
+		if (plan->pool)
+			pool_address(plan, plan->nth);
 		if (wanted < plan->first || wanted > plan->last)
 			return 0;
 		port = wanted;
 	} else {
-		if (i > probe->size)
+		if (i > own && !plan->pool)
 			return 1;
 		if (i == 1) {
 			if (plan->map && mapping_moved(&plan->original, &claim->dst)) {
@@ -151,11 +172,16 @@ static long try_port(__u32 i, void *context)
 			}
 			probe->hash = probe_hash();
 		}
-		/* a small range is gone through, so that its last free port is found */
-		if (probe->size <= PORT_TRIES)
-			port = plan->first + (probe->hash + i) % probe->size;
-		else
-			port = plan->first + mix(probe->hash, i) % probe->size;
+		if (i <= own) {
+			port = probe_port(probe, i);
+		} else {
+			others = plan->pool - 1;
+			pool_address(plan, plan->nth + 1 + (i - own - 1) % others);
+			port = i - own > others ? probe_port(probe, (i - own - 1) / others)
+						: wanted;
+			if (port < plan->first || port > plan->last)
+				return 0;
+		}
 	}
 	probe->tries = i;
 	claim->dport = bpf_htons(port);

@@ -195,7 +195,7 @@ func TestClientPortClash(t *testing.T) {
 				}
 				want := moved.flow(true, bpf.NATTranslationTRANSLATION_DNAT, dnatID(1))
 				want.out, want.in = 3, 3
-				if p.name == tcp.name {
+				if p.states() {
 					want.outTCP, want.inTCP = sawSYN|sawACK, sawSYN|sawACK
 				}
 				d.checkFlow(want)
@@ -236,6 +236,55 @@ func TestPaired(t *testing.T) {
 				d.Errorf("64 containers share %d of 4 addresses: %v", len(users), users)
 			}
 		})
+	}
+}
+
+// When a container's own address of a range has no port left, it gets another one, until all are given out.
+// UDP shares no port as long as there is one, and an endpoint that has gone over stays there.
+func TestPairedFallsOver(t *testing.T) {
+	d := load(t, 256)
+	for _, f := range families {
+		for _, p := range []protocol{tcp, udp} {
+			d.each(f.name+"/"+p.name, func(d *datapath) {
+				const size = 2
+				d.setRules(ruleSet{snat: []snatRule{{source: f.subnet, first: f.poolFirst, last: f.poolLast, ports: portRange{40000, 40000 + size - 1}}}})
+				got := make(map[netip.AddrPort]int)
+				var order []netip.AddrPort
+				open := func(port uint16, w netip.AddrPort) (at netip.AddrPort, ok bool) {
+					sent, _ := d.path(f, p).by(f.container, port).toward(w).out("S", "x")
+					verdict, out := d.run(toUplink(), sent.frame())
+					return netip.AddrPortFrom(sourceAddr(f, out), sourcePort(f, p.number(f), out)), verdict == unspec
+				}
+				for i := range uint16(4 * size) {
+					a, ok := open(50000+i, at(f.world, 443))
+					if !ok || a.Addr().Compare(f.poolFirst) < 0 || a.Addr().Compare(f.poolLast) > 0 || a.Port() < 40000 || a.Port() >= 40000+size {
+						d.Fatalf("endpoint %d got %s; counted %s", i, a, d.counts())
+					}
+					got[a]++
+					order = append(order, a)
+				}
+				if len(got) != 4*size {
+					d.Errorf("%d endpoints have %d outside ports of %d: %v", 4*size, len(got), 4*size, order)
+				}
+				if order[0].Addr() != order[1].Addr() || order[1].Addr() == order[2].Addr() {
+					d.Errorf("addresses are %v, want the first one's used up before another", order)
+				}
+				sent, _ := d.path(f, p).by(f.container, 60000).out("S", "x")
+				d.drops(toUplink(), sent, bpf.NATCounterDROP_NO_PORT)
+				if p.name != udp.name {
+					return
+				}
+				for i, first := range order {
+					if again, ok := open(50000+uint16(i), at(f.router, 443)); !ok || again != first {
+						d.Errorf("endpoint %d has %s and %s", i, first, again)
+					}
+				}
+				if n := d.counts()[bpf.NATCounterPORTS_SHARED]; n != 0 {
+					d.Errorf("%d ports shared", n)
+				}
+				d.checkMappings()
+			})
+		}
 	}
 }
 

@@ -184,3 +184,40 @@ func TestRaceForPort(t *testing.T) {
 		}
 	}
 }
+
+// Two containers want the same port at the same time, towards different destinations: no reply tuple
+// tells them apart, but a UDP port is one endpoint's (RFC 4787 REQ-3).
+func TestRaceForMapping(t *testing.T) {
+	d := load(t, 16384)
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			sub := *d
+			d := &sub
+			d.TB = t
+			d.reset()
+			masquerade(d, f)
+			pair := newPair(t, d)
+			began := time.Now()
+			shared := uint64(0) // where a CPU stood still for long while it had the lock, and the other one did not wait
+			for i := range uint16(2000) {
+				if i > 50 && time.Since(began) > 3*time.Second {
+					break // others use the CPUs
+				}
+				a := packet{src: at(f.container, 2000+i), dst: at(f.world, 443), proto: protoUDP}
+				b := a.addrs(at(f.other, 2000+i), at(f.router, 443))
+				verdicts, out := pair.together(toUplink(), a.frame(), b.frame())
+				if verdicts != [2]uint32{unspec, unspec} {
+					t.Fatalf("round %d: verdicts %d; counted %s", i, verdicts, d.counts())
+				}
+				if port := sourcePort(f, protoUDP, out[0]); port == sourcePort(f, protoUDP, out[1]) && d.counts()[bpf.NATCounterPORTS_SHARED] == shared {
+					t.Fatalf("round %d: port %d is two endpoints'; counted %s", i, port, d.counts())
+				}
+				shared = d.counts()[bpf.NATCounterPORTS_SHARED]
+			}
+			if shared > 20 {
+				t.Errorf("%d ports are shared", shared)
+			}
+			d.checkMappings()
+		})
+	}
+}

@@ -164,8 +164,8 @@ enum socket_kind {
 /* Whether a packet with this tuple is for a socket of the host's own. bpf_skc_lookup_tcp finds
  * connections in TIME_WAIT and half-open ones, too. For SCTP there is no such helper.
  */
-static __always_inline bool host_has_socket(struct __sk_buff *skb, const struct tuple *t,
-					    enum socket_kind kind)
+static __noinline bool host_has_socket(struct __sk_buff *skb, const struct tuple *t,
+				       enum socket_kind kind)
 {
 	struct bpf_sock_tuple tuple;
 	struct bpf_sock *sock;

@@ -9,17 +9,18 @@
 
 struct dnat_match {
 	struct dnat_rule rule; /* a copy */
+	__u32 maker;	       /* id that the flow's halves get: the rule's, or its backend's */
+	__u32 set;	       /* of rules that it is in */
 	__u32 any;	       /* the rule names no address: it holds for those of the host */
-	union {		       /* space for keys: the stack is short where this is called */
-		struct dnat_key port;
-		struct dnat_range_key range;
-	} key;
 };
 
 static __always_inline const struct dnat_rule *dnat_lookup(__u64 rules, const struct tuple *t,
-							   enum dnat_kind kind, __u32 ifindex,
-							   struct dnat_match *m)
+							   enum dnat_kind kind, __u32 ifindex)
 {
+	union {
+		struct dnat_key port;
+		struct dnat_range_key range;
+	} key;
 	bool any = kind >= DNAT_ANY_DEVICE;
 	const struct dnat_rule *rule = NULL;
 	__u32 set = rules & RULES_SET;
@@ -27,34 +28,34 @@ static __always_inline const struct dnat_rule *dnat_lookup(__u64 rules, const st
 
 	if (kind & 1)
 		ifindex = 0;
-	__builtin_memset(&m->key, 0, sizeof(m->key));
+	__builtin_memset(&key, 0, sizeof(key));
 	if (rules & RULES_DNAT_PORTS << kind) {
 		inner = bpf_map_lookup_elem(&dnat_ports, &set);
 		if (!any)
-			m->key.port.dst = t->dst;
+			key.port.dst = t->dst;
 		else if (t->family == FAMILY_IPV4)
-			addr_from_ipv4(&m->key.port.dst, 0);
-		m->key.port.ifindex = ifindex;
-		m->key.port.port = t->dport;
-		m->key.port.proto = t->proto;
+			addr_from_ipv4(&key.port.dst, 0);
+		key.port.ifindex = ifindex;
+		key.port.port = t->dport;
+		key.port.proto = t->proto;
 		if (inner)
-			rule = bpf_map_lookup_elem(inner, &m->key.port);
+			rule = bpf_map_lookup_elem(inner, &key.port);
 		if (rule)
 			return rule;
 	}
 	if (!(rules & RULES_DNAT_RANGES << kind))
 		return NULL;
 	inner = bpf_map_lookup_elem(&dnat_ranges, &set);
-	__builtin_memset(&m->key, 0, sizeof(m->key));
-	m->key.range.prefixlen = PREFIX_ALL(struct dnat_range_key);
+	__builtin_memset(&key, 0, sizeof(key));
+	key.range.prefixlen = PREFIX_ALL(struct dnat_range_key);
 	if (!any)
-		m->key.range.dst = t->dst;
+		key.range.dst = t->dst;
 	else if (t->family == FAMILY_IPV4)
-		addr_from_ipv4(&m->key.range.dst, 0);
-	m->key.range.ifindex = ifindex;
-	m->key.range.proto = t->proto;
-	m->key.range.port = t->dport;
-	return inner ? bpf_map_lookup_elem(inner, &m->key.range) : NULL;
+		addr_from_ipv4(&key.range.dst, 0);
+	key.range.ifindex = ifindex;
+	key.range.proto = t->proto;
+	key.range.port = t->dport;
+	return inner ? bpf_map_lookup_elem(inner, &key.range) : NULL;
 }
 
 /* The rule that publishes the tuple's destination on a device. */
@@ -69,11 +70,13 @@ __noinline bool dnat_find(const struct tuple *t, __u32 ifindex, struct dnat_matc
 		return false;
 	for (__u32 kind = 0; kind < DNAT_KINDS && !rule; kind++) {
 		m->any = kind >= DNAT_ANY_DEVICE;
-		rule = dnat_lookup(c->rules, t, kind, ifindex, m);
+		rule = dnat_lookup(c->rules, t, kind, ifindex);
 	}
 	if (!rule)
 		return false;
 	m->rule = *rule;
+	m->maker = rule->id;
+	m->set = c->rules & RULES_SET;
 	return true;
 }
 

@@ -36,6 +36,7 @@ type dnatRule struct {
 	to          netip.Addr
 	toPorts     portRange // zero: the port is kept
 	allow       []netip.Prefix
+	several     *several // instead of to and toPorts
 }
 
 type ruleSet struct {
@@ -55,6 +56,7 @@ func (d *datapath) setRules(rules ruleSet) {
 	ranges := make(map[bpf.NATDnatRangeKey]bpf.NATDnatRule)
 	sources := make(map[bpf.NATSnatKey]bpf.NATSnatRule)
 	prefixes := make(map[bpf.NATRulePrefixKey]uint8)
+	backends := make(map[bpf.NATBackendKey]bpf.NATBackend)
 	for i, r := range rules.snat {
 		id := cmp.Or(r.id, snatID(i))
 		v := bpf.NATSnatRule{
@@ -91,6 +93,9 @@ func (d *datapath) setRules(rules ruleSet) {
 			v.Flags |= bpf.NATDnatFlagDNAT_ALLOW_LIST
 			prefixes[bpf.NATRulePrefixKey{Prefixlen: 32 + prefixBits(p), Rule: id, Addr: natAddr(p.Addr())}] = 1
 		}
+		if r.several != nil {
+			r.several.lay(d, &v, backends)
+		}
 		dst := r.destination
 		if !dst.IsValid() {
 			dst = netip.IPv4Unspecified()
@@ -122,6 +127,7 @@ func (d *datapath) setRules(rules ruleSet) {
 	replace(d, d.DnatRanges, bpf.NATMapNoDnatRanges, slot, ranges)
 	replace(d, d.SnatSources, bpf.NATMapNoSnatSources, slot, sources)
 	replace(d, d.RulePrefixes, bpf.NATMapNoRulePrefixes, slot, prefixes)
+	replace(d, d.Backends, bpf.NATMapNoBackends, slot, backends)
 	config.Rules = word
 	d.check(d.Config.Put(uint32(0), config))
 	d.rules = rules

@@ -67,13 +67,12 @@ static __noinline bool is_same_way(const struct packet *p, const struct half *ha
 		return false;
 	if (rule->flags & SNAT_MASQUERADE) {
 		*uplink |= UPLINK_MASQUERADE;
-		if (!masquerade_address(p, &to))
+		if (!masquerade_address(p, &to) || !addr_equal(&to, outside))
 			return false;
-	} else {
-		fixed_address(p, rule, &to);
+	} else if (!has_address(rule, outside)) {
+		return false;
 	}
-	return addr_equal(&to, outside) &&
-	       (!rule->port_first || (port >= rule->port_first && port <= rule->port_last));
+	return !rule->port_first || (port >= rule->port_first && port <= rule->port_last);
 }
 
 /* The slow path: asks, notes the answer, or ends the flow. */

@@ -409,6 +409,7 @@ func TestExpiryQueueFull(t *testing.T) {
 	d.configure(nil)
 	d.startExpiry()
 	d.until("every entry was looked at", 10*time.Second, func() bool { return checked()-before >= uint64(room) })
+	d.stopExpiry() // which has an entry in its hands now and then
 	left := 0
 	for d.ExpiryQueue.LookupAndDelete(nil, &entry) == nil {
 		left++

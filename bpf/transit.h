@@ -25,14 +25,15 @@ static __always_inline void transit_delete(const struct tuple *transit, __u32 id
 		bpf_map_delete_elem(&flows, transit);
 }
 
-__noinline int transits_delete(const struct tuple *original, const struct tuple *reply, __u32 id,
-			       struct tuple *scratch)
+__noinline int transits_delete(const struct tuple *original, const struct tuple *reply, __u32 id)
 {
-	if (!original || !reply || !scratch)
+	struct tuple transit; /* what a global function is handed is no map's key before kernel 6.2 */
+
+	if (!original || !reply)
 		return 0;
-	transit_of(scratch, original, reply);
-	transit_delete(scratch, id);
-	transit_of(scratch, reply, original);
-	transit_delete(scratch, id);
+	transit_of(&transit, original, reply);
+	transit_delete(&transit, id);
+	transit_of(&transit, reply, original);
+	transit_delete(&transit, id);
 	return 0;
 }

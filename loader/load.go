@@ -100,7 +100,7 @@ func names(typed any) []string {
 // the scratch space of a packet, and the types of inner maps.
 func private(name string) bool {
 	switch name {
-	case bpf.NATMapFragmentScratches, bpf.NATMapOutputs, bpf.NATMapOwns, bpf.NATMapPlans, bpf.NATMapSenders, bpf.NATMapSources:
+	case bpf.NATMapFragmentScratches, bpf.NATMapLocals, bpf.NATMapOutputs, bpf.NATMapOwns, bpf.NATMapPlans, bpf.NATMapSenders, bpf.NATMapSources:
 		return true
 	}
 	return strings.HasPrefix(name, "no_")

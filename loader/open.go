@@ -154,6 +154,8 @@ var rulesMaps = []*ebpf.MapSpec{
 	mapSpec[uint32, uint32](bpf.NATMapDnatRanges, ebpf.ArrayOfMaps),
 	mapSpec[uint32, uint32](bpf.NATMapSnatSources, ebpf.ArrayOfMaps),
 	mapSpec[uint32, uint32](bpf.NATMapRulePrefixes, ebpf.ArrayOfMaps),
+	mapSpec[uint32, uint32](bpf.NATMapBackends, ebpf.ArrayOfMaps),
+	mapSpec[uint32, uint32](bpf.NATMapAffinities, ebpf.ArrayOfMaps),
 }
 
 func mapSpec[K, V any](name string, kind ebpf.MapType) *ebpf.MapSpec {

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"time"
 
 	"tcnat/bpf"
 )
@@ -34,6 +35,17 @@ type DNATRule struct {
 	// zero value keeps the port.
 	ToPorts PortRange
 
+	// Backends are the targets of a rule that has several, To and ToPorts being the first of
+	// them; empty for a rule with one.
+	Backends []Backend
+
+	// Balance chooses the backend of a new flow.
+	Balance Balance
+
+	// Affinity is for how long since its last new flow a client gets the same backend, in whole
+	// seconds; 0 for not at all. The host itself is one client.
+	Affinity time.Duration
+
 	// Allow are the sources that may come in; empty for all. The host itself always may.
 	Allow []netip.Prefix
 }
@@ -54,7 +66,7 @@ func (r DNATRule) Words(name func(ifindex uint32) string) string {
 		w.add("-i", deviceName(r.Ingress, name))
 	}
 	w.add("--dport", r.Ports.String())
-	w.add("--to-destination", endpoint(r.To.String(), r.To.Is6(), r.ToPorts))
+	w.addTargets(r)
 	w.addPrefixes("-s", r.Allow)
 	return w.String()
 }
@@ -102,20 +114,12 @@ func (r DNATRule) normalize() (DNATRule, error) {
 	if r.Destination.IsLoopback() && r.Protocol == SCTP {
 		return r, invalid("destination %s: is reached from the host alone, whose SCTP sockets cannot be led: leave the destination out", r.Destination)
 	}
-	if err := checkTarget(r.To, "target"); err != nil {
+	r, err := r.normalizeTargets()
+	if err != nil {
 		return r, err
 	}
 	if r.Destination.IsValid() && !sameFamily(r.Destination, r.To) {
 		return r, invalid("destination %s and target %s: mixed families: use one family a rule", r.Destination, r.To)
-	}
-	if !r.ToPorts.isZero() {
-		if err := r.ToPorts.check("target port"); err != nil {
-			return r, err
-		}
-		if n := r.ToPorts.length(); n != 1 && n != r.Ports.length() {
-			return r, invalid("target ports %s: %d for the %d of %s: name one, as many, or none",
-				r.ToPorts, n, r.Ports.length(), r.Ports)
-		}
 	}
 	allow, err := normalizePrefixes(r.Allow, r.To, "source")
 	if err != nil {
@@ -163,8 +167,7 @@ func (r DNATRule) effectivePorts() PortRange {
 
 // same tells whether two rules in their one form do the same.
 func (r DNATRule) same(o DNATRule) bool {
-	return r.key() == o.key() && r.To == o.To &&
-		r.effectivePorts() == o.effectivePorts() && slices.Equal(r.Allow, o.Allow)
+	return r.key() == o.key() && r.sameTargets(o) && slices.Equal(r.Allow, o.Allow)
 }
 
 // clash tells by an ErrRuleOverlap whether both rules would decide over one packet.
@@ -192,7 +195,8 @@ func compareDNAT(a, b *DNATRule) int {
 	return cmp.Compare(a.Ports.Last, b.Ports.Last)
 }
 
-// AddDNAT adds a rule. One that is there already changes nothing. The error is an
+// AddDNAT adds a rule. One that is there already changes nothing. One with several targets takes the
+// place of a rule that differs in them alone, and has one of them: flows to those that stay go on. The error is an
 // ErrInvalidRule, ErrNotBuilt or, when another rule with the same destination, ingress and
 // protocol has one of the ports, an ErrRuleOverlap.
 func (rs *Rules) AddDNAT(r DNATRule) (changed bool, err error) {
@@ -200,9 +204,14 @@ func (rs *Rules) AddDNAT(r DNATRule) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	for _, o := range rs.DNAT {
+	for i, o := range rs.DNAT {
 		if r.same(o) {
 			return false, nil
+		}
+		if r.hasBackends() && r.key() == o.key() && slices.Equal(r.Allow, o.Allow) && r.sharesTarget(o) {
+			rs.DNAT = slices.Clone(rs.DNAT)
+			rs.DNAT[i] = r
+			return true, nil
 		}
 		if err := r.clash(o); err != nil {
 			return false, err
@@ -214,20 +223,30 @@ func (rs *Rules) AddDNAT(r DNATRule) (changed bool, err error) {
 
 // DeleteDNAT deletes a rule. One that is not there changes nothing. Without To, the rule
 // (or, with no Destination, the one of each family) is found by what it matches alone;
-// without Allow, whatever list it has.
+// without Allow, whatever list it has. Balance and Affinity say nothing. When To or Backends are some of
+// the targets of a rule with several, these are taken out of it, and flows to the others go on.
 func (rs *Rules) DeleteDNAT(r DNATRule) (changed bool, err error) {
 	if r, err = r.normalizeToDelete(); err != nil {
 		return false, err
 	}
 	kept := slices.DeleteFunc(slices.Clone(rs.DNAT), r.means)
 	changed = len(kept) != len(rs.DNAT)
+	if !changed && r.To.IsValid() {
+		for i := range kept {
+			if r.key() != kept[i].key() || len(r.Allow) > 0 && !slices.Equal(r.Allow, kept[i].Allow) {
+				continue
+			}
+			kept[i], changed = kept[i].without(r.Targets())
+			break
+		}
+	}
 	rs.DNAT = kept
 	return changed, nil
 }
 
 // normalizeToDelete validates the words of a rule to be deleted.
 func (r DNATRule) normalizeToDelete() (DNATRule, error) {
-	if r.To.IsValid() {
+	if r.To.IsValid() || r.hasBackends() {
 		return r.normalize()
 	}
 	r.Allow = nil
@@ -243,7 +262,12 @@ func (r DNATRule) means(o DNATRule) bool {
 	if len(r.Allow) == 0 {
 		o.Allow = nil
 	}
-	return r.same(o)
+	if !r.hasBackends() {
+		return !o.hasBackends() && r.same(o)
+	}
+	return r.key() == o.key() &&
+		slices.EqualFunc(r.Targets(), o.Targets(), func(a, b Backend) bool { return r.compareTargets(a, b) == 0 }) &&
+		slices.Equal(r.Allow, o.Allow)
 }
 
 // The bits of a range key before the port: address, ifindex, protocol and pad.
@@ -290,13 +314,23 @@ func (r DNATRule) value(generation uint32) bpf.NATDnatRule {
 	if r.ToPorts.isZero() {
 		v.Flags |= bpf.NATDnatFlagDNAT_KEEP_PORT
 	}
+	if r.hasBackends() {
+		v.Flags |= bpf.NATDnatFlagDNAT_BACKENDS
+		for _, q := range r.quotas() {
+			v.Slots += uint16(q)
+		}
+		v.Affinity = uint32((r.Affinity + 1<<stampShift - 1) >> stampShift)
+		if r.Balance == BalanceSource {
+			v.Flags |= bpf.NATDnatFlagDNAT_SOURCE
+		}
+	}
 	if len(r.Allow) > 0 {
 		v.Flags |= bpf.NATDnatFlagDNAT_ALLOW_LIST
 	}
 	return v
 }
 
-// dnatFromValue is the rule that a map's element holds, without its allow list.
+// dnatFromValue is the rule that a map's element holds, without its allow list and its backends.
 func dnatFromValue(dst bpf.NATAddr, ifindex uint32, proto uint8, v bpf.NATDnatRule) DNATRule {
 	r := DNATRule{
 		ID:       v.Id,
@@ -304,6 +338,10 @@ func dnatFromValue(dst bpf.NATAddr, ifindex uint32, proto uint8, v bpf.NATDnatRu
 		Ingress:  ifindex,
 		Ports:    PortRange{v.PortFirst, v.PortLast},
 		To:       fromAddr(v.To),
+		Affinity: stampTime(v.Affinity).Round(time.Second),
+	}
+	if v.Flags&bpf.NATDnatFlagDNAT_SOURCE != 0 {
+		r.Balance = BalanceSource
 	}
 	if a := fromAddr(dst); !a.IsUnspecified() {
 		r.Destination = a

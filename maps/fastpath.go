@@ -93,6 +93,9 @@ func (j *judge) lease(h bpf.NATHalf, state FlowState) Lease {
 	}
 	// Until the packet has left, the reason stands where it came from.
 	reason := h.Lease.Out
+	if reason == uint16(bpf.NATUnleasedUNLEASED_CHECKED) {
+		reason = uint16(bpf.NATUnleasedUNLEASED)
+	}
 	if reason == uint16(bpf.NATUnleasedUNLEASED) && h.Lease.In < uint16(bpf.NATUnleasedADJACENCY_FIRST) {
 		reason = h.Lease.In
 	}

@@ -121,6 +121,7 @@ func (w world) next(t *testing.T, rules Rules) (change, Rules) {
 func (s *State) sharedMaps() []**ebpf.Map {
 	return []**ebpf.Map{
 		&s.m.Config, &s.m.Generations, &s.m.DnatPorts, &s.m.DnatRanges, &s.m.SnatSources, &s.m.RulePrefixes,
+		&s.m.Backends, &s.m.Affinities,
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -205,6 +206,16 @@ func (w world) dnat() DNATRule {
 		first := uint16(1 + w.IntN(65536-length))
 		r.ToPorts = PortRange{first, first + uint16(length-1)}
 	}
+	if w.IntN(4) == 0 {
+		for to := range 2 + w.IntN(3) {
+			r.Backends = append(r.Backends, Backend{To: r.To, ToPorts: r.ToPorts, Weight: 1 + w.IntN(3)})
+			if r.To = r.To.Next(); to > 0 && w.IntN(2) == 0 {
+				r.Backends[to].ToPorts = PortRange{}
+			}
+		}
+		r.To = r.Backends[0].To
+		r.Balance, r.Affinity = Balance(w.IntN(2)), time.Duration(w.IntN(2))*time.Minute
+	}
 	return r
 }
 
@@ -299,7 +310,7 @@ func TestLookupsAgreeWithModel(t *testing.T) {
 func checkGenerations(t *testing.T, before, after Rules, was, is map[uint32]uint32) {
 	t.Helper()
 
-	old, now := ids(t, before), ids(t, after)
+	old, now := targetIDs(t, before), targetIDs(t, after)
 	for words, id := range old {
 		switch kept, ok := now[words]; {
 		case ok && kept != id:
@@ -315,23 +326,38 @@ func checkGenerations(t *testing.T, before, after Rules, was, is map[uint32]uint
 		}
 	}
 	for words, id := range old {
-		if !kept[id] && is[id] == was[id] && !sameByOtherWords(words, id, after) {
+		if !kept[id] && is[id] == was[id] {
 			t.Fatalf("%s is gone, but its generation is still %d", words, was[id])
 		}
 	}
 }
 
-// sameByOtherWords tells whether the id still stands for a rule: one that names the port
-// which it kept before, or no longer names it.
-func sameByOtherWords(words string, id uint32, after Rules) bool {
-	for _, r := range after.DNAT {
-		if r.ID == id {
-			kept, written := r, r
-			kept.ToPorts, written.ToPorts = PortRange{}, r.Ports
-			return words == kept.String() || words == written.String()
+// targetIDs are ids with one entry for each target, as if each had a rule of its own, and one for each rule
+// that has several. A port that is kept is as good as one that is named.
+func targetIDs(t *testing.T, rules Rules) map[string]uint32 {
+	t.Helper()
+
+	out := ids(t, Rules{SNAT: rules.SNAT})
+	seen := map[uint32]string{}
+	add := func(id uint32, words string) {
+		if other, ok := seen[id]; ok || id == 0 {
+			t.Errorf("id %d stands for %s and %s", id, words, other)
+		}
+		seen[id], out[words] = words, id
+	}
+	for _, r := range rules.DNAT {
+		one := r
+		for _, target := range r.Targets() {
+			one.setTargets([]Backend{target})
+			one.ToPorts = target.effective(r.Ports)
+			add(target.ID, one.String())
+		}
+		if r.hasBackends() {
+			one.To, one.ToPorts = r.matchAddress(), PortRange{}
+			add(r.ID, one.String())
 		}
 	}
-	return false
+	return out
 }
 
 func checkLookups(t *testing.T, w world, s *State, rules Rules, hits map[string]int) {

@@ -83,7 +83,7 @@ func (s *State) changeOne(one func(rulesWord) (bool, error), whole func(*Rules) 
 
 // addPort adds a rule for a single port.
 func (s *State) addPort(word rulesWord, r DNATRule) (changed bool, err error) {
-	if r.Ports.length() != 1 {
+	if r.Ports.length() != 1 || r.hasBackends() {
 		return false, errWhole
 	}
 	ports, err := s.openInner(s.m.DnatPorts, word)
@@ -100,8 +100,8 @@ func (s *State) addPort(word rulesWord, r DNATRule) (changed bool, err error) {
 		return false, err
 	}
 	if other != nil {
-		if other.Flags&bpf.NATDnatFlagDNAT_ALLOW_LIST != 0 {
-			return false, errWhole // what its list has, to compare or to name it
+		if other.Flags&(bpf.NATDnatFlagDNAT_ALLOW_LIST|bpf.NATDnatFlagDNAT_BACKENDS) != 0 {
+			return false, errWhole // what its lists have, to compare or to name it
 		}
 		o := dnatFromValue(key.Dst, key.Ifindex, key.Proto, *other)
 		if r.same(o) {
@@ -170,7 +170,7 @@ func (s *State) deletePort(word rulesWord, r DNATRule) (changed bool, err error)
 		if v == nil {
 			continue
 		}
-		if len(r.Allow) > 0 && v.Flags&bpf.NATDnatFlagDNAT_ALLOW_LIST != 0 {
+		if len(r.Allow) > 0 && v.Flags&bpf.NATDnatFlagDNAT_ALLOW_LIST != 0 || v.Flags&bpf.NATDnatFlagDNAT_BACKENDS != 0 {
 			return false, errWhole // whether the lists are the same
 		}
 		if !r.means(dnatFromValue(k.Dst, k.Ifindex, k.Proto, *v)) {

@@ -72,16 +72,28 @@ func (w world) change(rules Rules) change {
 func (w world) nearDNAT(r DNATRule) DNATRule {
 	switch w.IntN(7) {
 	case 0:
-		r.To = netip.Addr{} // deleted by what it matches alone
+		r.To, r.Backends, r.Balance, r.Affinity = netip.Addr{}, nil, 0, 0 // deleted by what it matches alone
 	case 1:
 		r.Allow = nil
 	case 2:
 		r.Allow = w.prefixes(r.To)
 	case 3:
 		r.To = pick(w, w.addresses())
+		r.Backends, r.Balance, r.Affinity = nil, 0, 0
 	case 4:
 		r.Ports = SinglePort(r.Ports.First)
 		r.ToPorts = PortRange{}
+		r.Backends, r.Balance, r.Affinity = nil, 0, 0
+	case 5:
+		if r.hasBackends() { // one more or one less
+			r.Backends = slices.Clone(r.Backends)
+			if more := r.Backends[len(r.Backends)-1]; w.IntN(2) == 0 && more.To.Next().Is4() == more.To.Is4() {
+				more.To = more.To.Next()
+				r.Backends = append(r.Backends, more)
+			} else {
+				r.setTargets(r.Backends[1:])
+			}
+		}
 	}
 	return r
 }

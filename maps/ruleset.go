@@ -20,10 +20,14 @@ type ruleSet struct {
 	ranges   *ebpf.Map // NATDnatRangeKey -> NATDnatRule
 	sources  *ebpf.Map // NATSnatKey -> NATSnatRule
 	prefixes *ebpf.Map // NATRulePrefixKey -> 1
+	backends *ebpf.Map // NATBackendKey -> NATBackend
 }
 
+// kindsOfMaps is the number of those.
+const kindsOfMaps = 5
+
 func (set *ruleSet) Close() {
-	for _, m := range []*ebpf.Map{set.ports, set.ranges, set.sources, set.prefixes} {
+	for _, m := range []*ebpf.Map{set.ports, set.ranges, set.sources, set.prefixes, set.backends} {
 		if m != nil {
 			m.Close()
 		}
@@ -43,6 +47,7 @@ func (s *State) outers() []outer {
 		{bpf.NATMapDnatRanges, s.m.DnatRanges, func(set *ruleSet) **ebpf.Map { return &set.ranges }},
 		{bpf.NATMapSnatSources, s.m.SnatSources, func(set *ruleSet) **ebpf.Map { return &set.sources }},
 		{bpf.NATMapRulePrefixes, s.m.RulePrefixes, func(set *ruleSet) **ebpf.Map { return &set.prefixes }},
+		{bpf.NATMapBackends, s.m.Backends, func(set *ruleSet) **ebpf.Map { return &set.backends }},
 	}
 }
 
@@ -68,6 +73,8 @@ type content struct {
 	sources     []bpf.NATSnatRule
 	prefixKeys  []bpf.NATRulePrefixKey
 	prefixes    []uint8
+	backendKeys []bpf.NATBackendKey
+	backends    []bpf.NATBackend
 	generations carried
 }
 
@@ -102,6 +109,7 @@ func (c *content) addDNAT(r *DNATRule) {
 		}
 	}
 	c.addPrefixes(r.ID, r.Allow)
+	c.addBackends(r)
 }
 
 func (c *content) addPrefixes(id uint32, list []netip.Prefix) {
@@ -158,17 +166,18 @@ func dnatKind(dst bpf.NATAddr, ifindex uint32) bpf.NATDnatKind {
 }
 
 // elements are the numbers of elements, by outers.
-func (c *content) elements() [4]int {
-	return [4]int{len(c.portKeys), len(c.rangeKeys), len(c.sourceKeys), len(c.prefixKeys)}
+func (c *content) elements() [kindsOfMaps]int {
+	return [kindsOfMaps]int{len(c.portKeys), len(c.rangeKeys), len(c.sourceKeys), len(c.prefixKeys), len(c.backendKeys)}
 }
 
 // sameElements tells, by outers, where two contents are the same.
-func (c *content) sameElements(o *content) [4]bool {
-	return [4]bool{
+func (c *content) sameElements(o *content) [kindsOfMaps]bool {
+	return [kindsOfMaps]bool{
 		slices.Equal(c.portKeys, o.portKeys) && slices.Equal(c.ports, o.ports),
 		slices.Equal(c.rangeKeys, o.rangeKeys) && slices.Equal(c.ranges, o.ranges),
 		slices.Equal(c.sourceKeys, o.sourceKeys) && slices.Equal(c.sources, o.sources),
 		slices.Equal(c.prefixKeys, o.prefixKeys),
+		slices.Equal(c.backendKeys, o.backendKeys) && slices.Equal(c.backends, o.backends),
 	}
 }
 
@@ -246,6 +255,7 @@ func (set *ruleSet) writes(c *content) []func() error {
 		func() error { return named("published port ranges", writeAll(set.ranges, c.rangeKeys, c.ranges)) },
 		func() error { return named("SNAT rules", writeAll(set.sources, c.sourceKeys, c.sources)) },
 		func() error { return named("the rules' prefixes", writeAll(set.prefixes, c.prefixKeys, c.prefixes)) },
+		func() error { return named("the rules' backends", writeAll(set.backends, c.backendKeys, c.backends)) },
 	}
 }
 
@@ -321,6 +331,9 @@ func (set *ruleSet) read() (slotRules, error) {
 	if out.elements[3], err = set.readPrefixes(*rules); err != nil {
 		return slotRules{}, fmt.Errorf("read the rules' prefixes: %w", err)
 	}
+	if out.elements[4], err = set.readBackends(*rules, &out.generations); err != nil {
+		return slotRules{}, fmt.Errorf("read the rules' backends: %w", err)
+	}
 	rules.sort()
 	return out, nil
 }
@@ -363,6 +376,6 @@ func equalRules(a, b Rules) bool {
 	return slices.EqualFunc(a.SNAT, b.SNAT, func(a, b SNATRule) bool {
 		return a.ID == b.ID && a.Attach == b.Attach && a.same(b)
 	}) && slices.EqualFunc(a.DNAT, b.DNAT, func(a, b DNATRule) bool {
-		return a.ID == b.ID && a.ToPorts == b.ToPorts && a.same(b)
+		return a.ID == b.ID && a.ToPorts == b.ToPorts && a.same(b) && slices.Equal(a.Backends, b.Backends)
 	})
 }

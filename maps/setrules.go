@@ -80,6 +80,9 @@ func (s *State) replaceRules(word rulesWord, have slotRules, want Rules) error {
 	for _, id := range want.ids() {
 		used.set(id, 0)
 	}
+	if err := s.prepareAffinities(want); err != nil {
+		return fmt.Errorf("set rules: %w", err)
+	}
 	content := newContent(want, generations)
 	if err := s.fill(1-word.slot(), have, content); err != nil {
 		return fmt.Errorf("set rules: %w", err)
@@ -91,7 +94,10 @@ func (s *State) replaceRules(word rulesWord, have slotRules, want Rules) error {
 	if err := s.raise(goneIDs(have.rules, want)); err != nil {
 		return err
 	}
-	return s.putWord(next)
+	if err := s.putWord(next); err != nil {
+		return err
+	}
+	return s.dropAffinities(have.rules, want)
 }
 
 func (s *State) word() (rulesWord, error) {
@@ -131,7 +137,7 @@ func (s *State) switchRules(word, next rulesWord) error {
 type slotRules struct {
 	rules       Rules // sorted
 	generations carried
-	elements    [4]int // by outers
+	elements    [kindsOfMaps]int // by outers
 	slot        uint32
 }
 
@@ -214,17 +220,44 @@ func assignIDs(want *Rules, have Rules, limit uint32) error {
 	dnat := have.DNAT
 	for i := range want.DNAT {
 		r := &want.DNAT[i]
-		if old := advance(&dnat, r, compareDNAT); old != nil && r.same(*old) {
-			r.ID = old.ID
-			continue
-		}
-		id, err := free()
-		if err != nil {
+		old := advance(&dnat, r, compareDNAT)
+		if err := r.assignIDs(old, free); err != nil {
 			return err
 		}
-		r.ID = id
 	}
 	return nil
+}
+
+// assignIDs gives a rule and its targets ids: those of old, the rule with the same ports so far, where it is the
+// same. When they differ in targets alone, one that stays keeps its id, and so its flows; the id of a rule with one
+// target is that of the target.
+func (r *DNATRule) assignIDs(old *DNATRule, free func() (uint32, error)) (err error) {
+	if old != nil && (r.key() != old.key() || !slices.Equal(r.Allow, old.Allow)) {
+		old = nil
+	}
+	targets := slices.Clone(r.Targets())
+	for i := range targets {
+		if old != nil {
+			if was := old.target(targets[i]); was != nil {
+				targets[i].ID = was.ID
+				continue
+			}
+		}
+		if targets[i].ID, err = free(); err != nil {
+			return err
+		}
+	}
+	if !r.hasBackends() {
+		r.ID = targets[0].ID
+		return nil
+	}
+	r.Backends = targets
+	if old != nil && old.hasBackends() {
+		r.ID = old.ID
+		return nil
+	}
+	r.ID, err = free()
+	return err
 }
 
 // advance is the rule of a sorted list that is equal to r by compare, or nil. It cuts off those
@@ -250,6 +283,9 @@ func (rs Rules) ids() []uint32 {
 	}
 	for i := range rs.DNAT {
 		ids = append(ids, rs.DNAT[i].ID)
+		for _, t := range rs.DNAT[i].Backends {
+			ids = append(ids, t.ID)
+		}
 	}
 	return ids
 }

@@ -3,6 +3,7 @@ package maps
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -49,6 +50,10 @@ func withoutIDs(rules Rules) Rules {
 	}
 	for i := range out.DNAT {
 		out.DNAT[i].ID = 0
+		out.DNAT[i].Backends = slices.Clone(out.DNAT[i].Backends)
+		for j := range out.DNAT[i].Backends {
+			out.DNAT[i].Backends[j].ID = 0
+		}
 	}
 	return out
 }

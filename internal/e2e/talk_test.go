@@ -245,6 +245,16 @@ func (e *end) goOn() {
 	})
 }
 
+// settle waits until an end has read what has come, as its count tells that is to stand still.
+func (e *end) settle(t *testing.T, count *atomic.Uint64) {
+	t.Helper()
+	poll(t, e.local.String()+" has read what has come", func() bool {
+		before := count.Load()
+		time.Sleep(slowly(20 * beat))
+		return count.Load() == before
+	})
+}
+
 func (e *end) pause() {
 	if e.stop != nil {
 		close(e.stop)
