@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* maps.h - every map, with who writes and who reads it. None evicts, but for the LRU ones, which
+/* maps.h - every map, with who writes and who reads it. None evicts, but for LRU ones that
  * hold no flow: a full map refuses.
  */
 #pragma once
 
 #include "abi.h"
 #include "abi_backend.h"
-#include "datagram.h"
+#include "abi_datagram.h"
 
 /* Written by Go; read by every program, once a packet. */
 struct {

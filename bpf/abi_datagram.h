@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* datagram.h - what maps hold of datagrams that come in fragments; part of the layout that abi.h tells of. */
+/* abi_datagram.h - what maps hold of datagrams that come in fragments; part of the layout that abi.h tells of. */
 #pragma once
 
 #include "abi.h"
