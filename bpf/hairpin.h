@@ -80,7 +80,7 @@ static __noinline enum verdict open_hairpin(struct packet *p)
 	if (p->h.kind != KIND_FLOW || !has_ports(t->proto))
 		return PASS;
 	mapped = !dnat_find(t, p->bridge, &plan->published);
-	if (mapped && !(is_mapped(p, plan) && is_neighbour(p, &plan->published.rule.to)))
+	if (mapped && !(is_mapped(t, p->uplink) && is_neighbour(p, &plan->published.rule.to)))
 		return PASS;
 	/* no route to it looks like an address of the host's own: see route_of() */
 	if (plan->published.any && !bpf_map_lookup_elem(&host_addresses, &t->dst))

@@ -479,6 +479,7 @@ type NATPlan struct {
 		}
 		Diff int64
 	}
+	Fib             [8]uint64
 	Redirected      uint32
 	Length          uint32
 	Original        NATTuple

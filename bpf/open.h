@@ -146,19 +146,25 @@ static __always_inline enum verdict open_published(struct packet *p, struct plan
  * and, where filtering is endpoint-independent, for the world (REQ-8). What comes that way belongs to the
  * SNAT rule of the endpoint. plan->published becomes a rule that says so.
  */
-static __noinline bool is_mapped(struct packet *p, struct plan *plan)
+__noinline bool is_mapped(const struct tuple *t, __u32 uplink)
 {
-	struct dnat_rule *rule = &plan->published.rule;
-	const struct tuple *t = &p->h.tuple;
+	struct plan *plan = plan_get();
 	const struct snat_rule *snat;
+	const struct config *c;
+	struct dnat_rule *rule;
 	__be16 port = 0;
+	__u32 zero = 0;
 
+	c = bpf_map_lookup_elem(&config, &zero);
+	if (!plan || !c || !t)
+		return false;
+	rule = &plan->published.rule;
 	if (t->proto != IPPROTO_UDP || !mapping_find(t, &rule->to, &port))
 		return false;
 	if (port == t->sport && addr_equal(&rule->to, &t->src))
 		return false; /* to itself */
-	snat = snat_find(p->config, &rule->to, p->uplink);
-	if (!snat || (snat->flags & SNAT_EXCEPT && rule_lists(p->config, snat->id, &t->src)))
+	snat = snat_find(c, &rule->to, uplink);
+	if (!snat || (snat->flags & SNAT_EXCEPT && rule_lists(c, snat->id, &t->src)))
 		return false;
 	/* not what an address of yesterday, or of another rule, had */
 	if (snat->flags & SNAT_MASQUERADE) {
@@ -186,7 +192,7 @@ static __noinline enum verdict open_inward(struct packet *p)
 	if (!plan)
 		return drop(p, DROP_NO_MEMORY);
 	if (!is_published(p, &plan->published)) {
-		mapped = p->config->flags & CONFIG_ANY_SENDER && is_mapped(p, plan);
+		mapped = p->config->flags & CONFIG_ANY_SENDER && is_mapped(&p->h.tuple, p->uplink);
 		/* a socket of the host's own that took the port later is what the world speaks to */
 		if (!mapped || host_has_socket(p->skb, &p->h.tuple, SOCKET_ANY))
 			return PASS;

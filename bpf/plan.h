@@ -20,6 +20,7 @@
 struct plan {
 	struct dnat_match published; /* what rule.h found last */
 	struct quote quote;
+	__u64 fib[8]; /* scratch of route.h: a struct bpf_fib_lookup, which bpf2go cannot render */
 	__u32 redirected; /* ifindex of the device that a packet was just sent to */
 	__u32 length;	  /* of that packet */
 	struct tuple original;
@@ -58,6 +59,8 @@ struct plan {
 	enum counter reason; /* why no flow was made */
 	__u32 now;
 };
+
+_Static_assert(sizeof(((struct plan *)0)->fib) == sizeof(struct bpf_fib_lookup), "plan.fib");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -54,11 +54,10 @@ static __always_inline long store_addr(struct __sk_buff *skb, const struct heade
 }
 
 /* Addresses of the outer header, with every checksum that covers them. */
-static __always_inline long rewrite_addrs(struct packet *p, const struct addr *src,
-					  const struct addr *dst)
+static __always_inline long write_addrs(struct __sk_buff *skb, const struct headers *h,
+					const struct addr *src, const struct addr *dst)
 {
-	struct __sk_buff *skb = p->skb;
-	const struct tuple *from = &p->h.tuple;
+	const struct tuple *from = &h->tuple;
 	bool source = !addr_equal(&from->src, src);
 	bool destination = !addr_equal(&from->dst, dst);
 	__u32 check = checksum_offset(from);
@@ -75,16 +74,28 @@ static __always_inline long rewrite_addrs(struct packet *p, const struct addr *s
 	if (is_udp(from->proto))
 		flags |= BPF_F_MARK_MANGLED_0; /* 0 is "none" and stays, a sum of 0 is ffff */
 	/* a later fragment has no transport header; ICMP of IPv4 no pseudo header */
-	if (check && p->h.fragment != FRAGMENT_LATER && from->proto != IPPROTO_ICMP)
-		err |= bpf_l4_csum_replace(skb, p->h.l4 + check, 0, diff, flags);
+	if (check && h->fragment != FRAGMENT_LATER && from->proto != IPPROTO_ICMP)
+		err |= bpf_l4_csum_replace(skb, h->l4 + check, 0, diff, flags);
 	if (from->family == FAMILY_IPV4)
-		err |= bpf_l3_csum_replace(skb, p->h.l3 + offsetof(struct iphdr, check), 0, diff,
-					   0);
+		err |= bpf_l3_csum_replace(skb, h->l3 + offsetof(struct iphdr, check), 0, diff, 0);
 	if (source)
-		err |= store_addr(skb, &p->h, true, src);
+		err |= store_addr(skb, h, true, src);
 	if (destination)
-		err |= store_addr(skb, &p->h, false, dst);
+		err |= store_addr(skb, h, false, dst);
 	return err;
+}
+
+/* The same for who needs no more: apart, and with what a function can be handed that is verified but once. */
+__noinline long rewrite_headers_addrs(struct __sk_buff *skb, const struct headers *h,
+				      const struct addr *src, const struct addr *dst)
+{
+	return h && src && dst ? write_addrs(skb, h, src, dst) : -1;
+}
+
+static __always_inline long rewrite_addrs(struct packet *p, const struct addr *src,
+					  const struct addr *dst)
+{
+	return rewrite_headers_addrs(p->skb, &p->h, src, dst);
 }
 
 /* An echo's id is where its tuple has a port: the request's source, the reply's destination. */
@@ -103,11 +114,11 @@ static __always_inline bool is_echo_request(const struct headers *h)
 	return h->icmp == (h->tuple.family == FAMILY_IPV4 ? ICMP_ECHO : ICMPV6_ECHO_REQUEST);
 }
 
-static __always_inline long rewrite_ports(struct packet *p, const struct tuple *to)
+static __always_inline long write_ports(struct __sk_buff *skb, const struct headers *h,
+					const struct tuple *to)
 {
-	struct __sk_buff *skb = p->skb;
-	const struct tuple *from = &p->h.tuple;
-	__u32 check = p->h.l4 + checksum_offset(from);
+	const struct tuple *from = &h->tuple;
+	__u32 check = h->l4 + checksum_offset(from);
 	long err = 0;
 
 	if (from->sport == to->sport && from->dport == to->dport)
@@ -120,7 +131,7 @@ static __always_inline long rewrite_ports(struct packet *p, const struct tuple *
 		__u64 flags = 0, store = 0;
 
 		if (from->proto == IPPROTO_SCTP)
-			return sctp_rewrite_ports(skb, p->h.l4, p->h.end - p->h.l4, *(__be32 *)&old,
+			return sctp_rewrite_ports(skb, h->l4, h->end - h->l4, *(__be32 *)&old,
 						  *(__be32 *)&new);
 		if (is_udp(from->proto)) {
 			__be16 sum = 0;
@@ -133,28 +144,43 @@ static __always_inline long rewrite_ports(struct packet *p, const struct tuple *
 		}
 
 		err |= bpf_l4_csum_replace(skb, check, *(__be32 *)&old, *(__be32 *)&new, flags | 4);
-		err |= bpf_skb_store_bytes(skb, p->h.l4, &new, sizeof(new), store);
+		err |= bpf_skb_store_bytes(skb, h->l4, &new, sizeof(new), store);
 	} else {
-		bool request = is_echo_request(&p->h);
+		bool request = is_echo_request(h);
 		__be16 old = echo_id(from, request), new = echo_id(to, request);
 
 		err |= bpf_l4_csum_replace(skb, check, old, new, 2);
-		err |= bpf_skb_store_bytes(skb, p->h.l4 + 4, &new, sizeof(new), 0);
+		err |= bpf_skb_store_bytes(skb, h->l4 + 4, &new, sizeof(new), 0);
 	}
 	return err;
 }
 
-/* Gives the packet another tuple; a later fragment has no ports. After a failed write nobody knows what it looks like. */
-static __noinline enum verdict rewrite(struct packet *p, const struct tuple *to)
-{
-	const struct headers *h = &p->h;
+enum rewritten {
+	REWRITTEN,
+	REWRITTEN_NOT, /* a write failed: nobody knows what the packet looks like */
+	REWRITTEN_CRC, /* what a CRC changes by depends on bytes that are in other fragments */
+};
 
-	/* what a CRC changes by depends on the bytes that are not here */
+__noinline enum rewritten rewrite_headers(struct __sk_buff *skb, const struct headers *h,
+					  const struct tuple *to)
+{
+	if (!h || !to)
+		return REWRITTEN_NOT;
 	if (h->tuple.proto == IPPROTO_SCTP && h->fragment != FRAGMENT_NONE &&
 	    (h->tuple.sport != to->sport || h->tuple.dport != to->dport))
-		return drop(p, DROP_FRAGMENT);
-	if (rewrite_addrs(p, &to->src, &to->dst) ||
-	    (h->fragment != FRAGMENT_LATER && rewrite_ports(p, to)))
-		return drop(p, DROP_REWRITE);
-	return PASS;
+		return REWRITTEN_CRC;
+	if (write_addrs(skb, h, &to->src, &to->dst) ||
+	    (h->fragment != FRAGMENT_LATER && write_ports(skb, h, to)))
+		return REWRITTEN_NOT;
+	return REWRITTEN;
+}
+
+/* Gives the packet another tuple; a later fragment has no ports. */
+static __noinline enum verdict rewrite(struct packet *p, const struct tuple *to)
+{
+	enum rewritten done = rewrite_headers(p->skb, &p->h, to);
+
+	if (done == REWRITTEN)
+		return PASS;
+	return drop(p, done == REWRITTEN_CRC ? DROP_FRAGMENT : DROP_REWRITE);
 }

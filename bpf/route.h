@@ -3,6 +3,7 @@
 #pragma once
 
 #include "packet.h"
+#include "plan.h"
 
 /* linux/bpf.h since 6.7; older kernels answer -EINVAL */
 #define FIB_LOOKUP_SRC (1U << 4)
@@ -13,37 +14,52 @@
 /* The loopback device: its own forwarding flag follows conf.all. */
 #define LOOPBACK_IFINDEX 1
 
-/* Looks up where the host sends what goes from src to dst, policy rules included. ifindex is the
- * device it came in by or, with BPF_FIB_LOOKUP_OUTPUT, leaves by. A length of 0 leaves the
- * MTU to whoever forwards; with another the route's is in mtu_result.
- */
-static __always_inline long fib_lookup(const struct packet *p, const struct addr *src,
-				       const struct addr *dst, __u32 ifindex, __u16 length,
-				       struct bpf_fib_lookup *fib, __u32 flags)
+/* What the packet itself brings to a lookup: a function of its own, which is verified but once. */
+__noinline int fib_fill(const struct headers *h, const struct addr *src, const struct addr *dst,
+			struct bpf_fib_lookup *fib)
 {
-	const struct tuple *t = &p->h.tuple;
-
-	__builtin_memset(fib, 0, sizeof(*fib));
-	fib->ifindex = ifindex;
-	fib->tot_len = length;
-	fib->l4_protocol = t->proto;
+	if (!h || !src || !dst || !fib)
+		return 0;
+	fib->l4_protocol = h->tuple.proto;
 	/* the kernel does not look for ports in fragments */
-	if (has_ports(t->proto) && p->h.fragment == FRAGMENT_NONE) {
-		fib->sport = t->sport;
-		fib->dport = t->dport;
+	if (has_ports(h->tuple.proto) && h->fragment == FRAGMENT_NONE) {
+		fib->sport = h->tuple.sport;
+		fib->dport = h->tuple.dport;
 	}
-	if (t->family == FAMILY_IPV4) {
+	if (h->tuple.family == FAMILY_IPV4) {
 		fib->family = FIB_FAMILY_IPV4;
-		fib->tos = p->h.tos;
+		fib->tos = h->tos;
 		fib->ipv4_src = src->word[3];
 		fib->ipv4_dst = dst->word[3];
 	} else {
 		fib->family = FIB_FAMILY_IPV6;
-		fib->flowinfo = p->h.flow; /* rules by class, multipath by label */
+		fib->flowinfo = h->flow; /* rules by class, multipath by label */
 		__builtin_memcpy(fib->ipv6_src, src, sizeof(*src));
 		__builtin_memcpy(fib->ipv6_dst, dst, sizeof(*dst));
 	}
-	return bpf_fib_lookup(p->skb, fib, sizeof(*fib), flags);
+	return 0;
+}
+
+/* Looks up where the host sends what goes from src to dst, policy rules included. ifindex is the
+ * device it came in by or, with BPF_FIB_LOOKUP_OUTPUT, leaves by. A length of 0 leaves the
+ * MTU to whoever forwards; with another the route's is in mtu_result.
+ */
+static __always_inline long fib_ask(struct __sk_buff *skb, const struct headers *h,
+				    const struct addr *src, const struct addr *dst, __u32 ifindex,
+				    __u16 length, struct bpf_fib_lookup *fib, __u32 flags)
+{
+	__builtin_memset(fib, 0, sizeof(*fib));
+	fib_fill(h, src, dst, fib);
+	fib->ifindex = ifindex;
+	fib->tot_len = length;
+	return bpf_fib_lookup(skb, fib, sizeof(*fib), flags);
+}
+
+static __always_inline long fib_lookup(const struct packet *p, const struct addr *src,
+				       const struct addr *dst, __u32 ifindex, __u16 length,
+				       struct bpf_fib_lookup *fib, __u32 flags)
+{
+	return fib_ask(p->skb, &p->h, src, dst, ifindex, length, fib, flags);
 }
 
 enum route {
@@ -58,19 +74,24 @@ enum route {
  * forwarded by an unknown device, so that guards fail closed. Not seen here: rules by
  * fwmark, since netfilter sets marks only later, and IPsec policies.
  */
-static __noinline enum route route_of(const struct packet *p, __u32 *ifindex)
+__noinline enum route route_of_headers(struct __sk_buff *skb, const struct headers *h,
+				       __u32 *ifindex)
 {
-	const struct tuple *t = &p->h.tuple;
 	struct bpf_fib_lookup fib;
-	long result = fib_lookup(p, &t->src, &t->dst, p->skb->ifindex, 0, &fib, 0);
+	const struct tuple *t;
+	long result;
 
+	if (!h || !ifindex)
+		return ROUTE_NONE;
+	t = &h->tuple;
+	result = fib_ask(skb, h, &t->src, &t->dst, skb->ifindex, 0, &fib, 0);
 	*ifindex = 0;
 	if (result == BPF_FIB_LKUP_RET_FWD_DISABLED && t->family == FAMILY_IPV6) {
 		/* IPv6 forwards by conf.all.forwarding, the helper asks the device's own flag.
 		 * Asked for another device it tells what is local; which way the kernel
 		 * would go it need not know, for want of the rules for this device.
 		 */
-		result = fib_lookup(p, &t->src, &t->dst, LOOPBACK_IFINDEX, 0, &fib, 0);
+		result = fib_ask(skb, h, &t->src, &t->dst, LOOPBACK_IFINDEX, 0, &fib, 0);
 		fib.ifindex = 0;
 	}
 	switch (result) {
@@ -91,17 +112,22 @@ static __noinline enum route route_of(const struct packet *p, __u32 *ifindex)
 	}
 }
 
+static __always_inline enum route route_of(const struct packet *p, __u32 *ifindex)
+{
+	return route_of_headers(p->skb, &p->h, ifindex);
+}
+
 /* Whether the host still has an address that it had. fib is scratch. The answer for a local one is
  * "not forwarded", and so it is, on a host without a default route, where no route leads to it: then
  * it counts as there.
  */
-static __always_inline bool is_local(const struct packet *p, const struct addr *addr,
-				     struct bpf_fib_lookup *fib)
+static __always_inline bool is_local(struct __sk_buff *skb, const struct headers *h, __u32 uplink,
+				     const struct addr *addr, struct bpf_fib_lookup *fib)
 {
-	long result = fib_lookup(p, &p->h.tuple.dst, addr, p->uplink, 0, fib, 0);
+	long result = fib_ask(skb, h, &h->tuple.dst, addr, uplink, 0, fib, 0);
 
 	if (result == BPF_FIB_LKUP_RET_FWD_DISABLED) /* as in route_of() */
-		result = fib_lookup(p, &p->h.tuple.dst, addr, LOOPBACK_IFINDEX, 0, fib, 0);
+		result = fib_ask(skb, h, &h->tuple.dst, addr, LOOPBACK_IFINDEX, 0, fib, 0);
 	return result < 0 || result == BPF_FIB_LKUP_RET_NOT_FWDED ||
 	       result == BPF_FIB_LKUP_RET_FWD_DISABLED;
 }
@@ -110,33 +136,43 @@ static __always_inline bool is_local(const struct packet *p, const struct addr *
  * kernel's own choice where it tells (6.7), so that new flows follow a changed address with no
  * process to notice it; before that the table that attach made, as long as the host has the address.
  */
-static __noinline bool source_address(const struct packet *p, __u32 ifindex, struct addr *to)
+__noinline bool source_address_of(struct __sk_buff *skb, const struct headers *h, __u32 ifindex,
+				  struct addr *to)
 {
 	struct address_key key = {
 		.prefixlen = sizeof(key) * 8 - 32,
 		.ifindex = ifindex,
-		.dst = p->h.tuple.dst,
 	};
-	struct bpf_fib_lookup fib;
+	struct plan *plan = plan_get();
+	struct bpf_fib_lookup *fib;
 	const struct addr *address;
 	long result;
 
-	result = fib_lookup(p, &p->h.tuple.src, &p->h.tuple.dst, ifindex, 0, &fib,
-			    BPF_FIB_LOOKUP_OUTPUT | FIB_LOOKUP_SRC);
+	if (!plan || !h || !to)
+		return false;
+	key.dst = h->tuple.dst;
+	fib = (void *)plan->fib; /* the stack is short where this is asked */
+	result = fib_ask(skb, h, &h->tuple.src, &h->tuple.dst, ifindex, 0, fib,
+			 BPF_FIB_LOOKUP_OUTPUT | FIB_LOOKUP_SRC);
 	if (result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH ||
 	    result == BPF_FIB_LKUP_RET_FRAG_NEEDED) {
-		if (p->h.tuple.family == FAMILY_IPV4)
-			addr_from_ipv4(to, fib.ipv4_src);
+		if (h->tuple.family == FAMILY_IPV4)
+			addr_from_ipv4(to, fib->ipv4_src);
 		else
-			__builtin_memcpy(to, fib.ipv6_src, sizeof(*to));
-		if (!addr_is_local_scope(to, p->h.tuple.family))
+			__builtin_memcpy(to, fib->ipv6_src, sizeof(*to));
+		if (!addr_is_local_scope(to, h->tuple.family))
 			return true;
 	}
 	address = bpf_map_lookup_elem(&addresses, &key);
 	if (!address)
 		return false;
 	*to = *address;
-	return is_local(p, to, &fib);
+	return is_local(skb, h, ifindex, to, fib);
+}
+
+static __always_inline bool source_address(const struct packet *p, __u32 ifindex, struct addr *to)
+{
+	return source_address_of(p->skb, &p->h, ifindex, to);
 }
 
 /* Whether the neighbour table knows another MAC for the packet's source than the frame has. */
@@ -164,14 +200,15 @@ enum socket_kind {
 /* Whether a packet with this tuple is for a socket of the host's own. bpf_skc_lookup_tcp finds
  * connections in TIME_WAIT and half-open ones, too. For SCTP there is no such helper.
  */
-static __noinline bool host_has_socket(struct __sk_buff *skb, const struct tuple *t,
-				       enum socket_kind kind)
+__noinline bool host_has_socket(struct __sk_buff *skb, const struct tuple *t, enum socket_kind kind)
 {
 	struct bpf_sock_tuple tuple;
 	struct bpf_sock *sock;
 	__u32 size;
 	bool has;
 
+	if (!t)
+		return false;
 	if (t->family == FAMILY_IPV4) {
 		tuple.ipv4.saddr = t->src.word[3];
 		tuple.ipv4.daddr = t->dst.word[3];

@@ -93,17 +93,20 @@ static __always_inline __be16 dnat_port(const struct dnat_rule *rule, __be16 por
 }
 
 /* Whether the rule's list (allow of DNAT, except of SNAT) names the address. */
-static __always_inline bool rule_lists(const struct config *config, __u32 rule,
-				       const struct addr *addr)
+__noinline bool rule_lists(const struct config *config, __u32 rule, const struct addr *addr)
 {
 	struct rule_prefix_key key = {
 		.prefixlen = PREFIX_ALL(struct rule_prefix_key),
 		.rule = rule,
-		.addr = *addr,
 	};
-	__u32 set = config->rules & RULES_SET;
-	void *inner = bpf_map_lookup_elem(&rule_prefixes, &set);
+	void *inner;
+	__u32 set;
 
+	if (!config || !addr)
+		return false;
+	key.addr = *addr;
+	set = config->rules & RULES_SET;
+	inner = bpf_map_lookup_elem(&rule_prefixes, &set);
 	return inner && bpf_map_lookup_elem(inner, &key);
 }
 
@@ -134,13 +137,16 @@ static __always_inline const struct snat_rule *snat_find(const struct config *co
 }
 
 /* The managed bridge whose subnet holds the address, or 0. */
-static __always_inline __u32 bridge_of(const struct addr *addr)
+__noinline __u32 bridge_of(const struct addr *addr)
 {
 	struct subnet_key key = {
 		.prefixlen = PREFIX_ALL(struct subnet_key),
-		.addr = *addr,
 	};
-	__u32 *bridge = bpf_map_lookup_elem(&subnets, &key);
+	__u32 *bridge;
 
+	if (!addr)
+		return 0;
+	key.addr = *addr;
+	bridge = bpf_map_lookup_elem(&subnets, &key);
 	return bridge ? *bridge : 0;
 }

@@ -37,7 +37,7 @@ static __noinline bool is_still_local(const struct packet *p, const struct addr 
 	if (local && is_within(p->now, local->stamp, LOCAL_STAMPS) &&
 	    addr_equal(&local->addr, addr))
 		return true;
-	if (!is_local(p, addr, &fib))
+	if (!is_local(p->skb, &p->h, p->uplink, addr, &fib))
 		return false;
 	if (local) {
 		local->addr = *addr;
