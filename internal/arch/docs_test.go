@@ -28,7 +28,7 @@ func TestScenarios(t *testing.T) {
 				}
 				next++
 				shown := strings.TrimSpace(cells[3])
-				if !namedTest.MatchString(shown) && !strings.HasPrefix(shown, "Left out: ") && shown != "not yet" {
+				if !namedTest.MatchString(shown) && !strings.HasPrefix(shown, "Left out: ") {
 					t.Errorf("scenario %d: %q is neither a test nor why there is none", number, shown)
 				}
 			}
