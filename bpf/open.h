@@ -152,6 +152,7 @@ __noinline bool is_mapped(const struct tuple *t, __u32 uplink)
 	const struct snat_rule *snat;
 	const struct config *c;
 	struct dnat_rule *rule;
+	struct addr dst;
 	__be16 port = 0;
 	__u32 zero = 0;
 
@@ -168,7 +169,8 @@ __noinline bool is_mapped(const struct tuple *t, __u32 uplink)
 		return false;
 	/* not what an address of yesterday, or of another rule, had */
 	if (snat->flags & SNAT_MASQUERADE) {
-		if (!bpf_map_lookup_elem(&host_addresses, &t->dst))
+		dst = t->dst; /* what a function is handed is no key before 6.2 */
+		if (!bpf_map_lookup_elem(&host_addresses, &dst))
 			return false;
 	} else if (!has_address(snat, &t->dst)) {
 		return false;
