@@ -55,6 +55,7 @@ func TestFiltering(t *testing.T) {
 // The stranger's flow keeps the mapping when the container's own has ended, and ends with the rule that the
 // container's flows have. Then the port is nobody's.
 func TestFilteringEnds(t *testing.T) {
+	t.Parallel() // most of it is waiting
 	d := load(t, 64)
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
@@ -129,6 +130,7 @@ func TestFilteringRefuses(t *testing.T) {
 // 4787 REQ-9, 9a): on the same bridge always, from another one where these are not isolated or any sender
 // may come. Both keep one outside port, towards each other and towards the world.
 func TestHairpinToMapping(t *testing.T) {
+	t.Parallel() // most of it is waiting
 	d := load(t, 64)
 	for _, f := range families {
 		for _, tc := range []struct {

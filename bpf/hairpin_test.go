@@ -184,6 +184,7 @@ func TestHairpinAgain(t *testing.T) {
 
 // From one port to two published ports of one server port: the packets would look alike to to_bridge.
 func TestHairpinAmbiguous(t *testing.T) {
+	t.Parallel() // most of it is waiting
 	d := load(t, 64)
 	for _, f := range families {
 		for _, p := range []protocol{tcp, udp, sctp} {
@@ -241,6 +242,7 @@ func TestHairpinRules(t *testing.T) {
 // A rule that goes and comes back, as when a container starts anew, takes old flows along: the next packet begins
 // one that works, on whichever bridge.
 func TestHairpinRuleSwap(t *testing.T) {
+	t.Parallel() // most of it is waiting
 	d := load(t, 64)
 	for _, f := range families {
 		for _, p := range []protocol{tcp, udp, sctp} {

@@ -150,6 +150,7 @@ func TestMappingsMeet(t *testing.T) {
 
 // A port that lives beside its home stays one endpoint's when its home becomes free.
 func TestMappingsHomeFreed(t *testing.T) {
+	t.Parallel() // most of it is waiting
 	d := load(t, 64)
 	for _, f := range families {
 		d.each(f.name, func(d *datapath) {

@@ -17,6 +17,7 @@ func (c path) close() {
 // When a connection is over, a SYN of the side that had not begun it begins another one at once, on the very
 // same addresses and ports (RFC 5382 REQ-2: all valid exchanges).
 func TestOtherSideBegins(t *testing.T) {
+	t.Parallel() // most of it is waiting
 	d := load(t, 64)
 	for _, f := range families {
 		for _, end := range []string{"closed", "rule-gone"} {
