@@ -474,7 +474,7 @@ enum counter {
 #define PORT_TRIES 64
 
 /* Index 0 to ADJACENCY_FIRST - 1 are no adjacencies. */
-#define ADJACENCIES 16384
+#define ADJACENCIES 8192
 
 _Static_assert(sizeof(struct addr) == 16, "addr");
 _Static_assert(sizeof(struct tuple) == 40, "tuple");

@@ -79,6 +79,15 @@ func echoOf(request bool) func(family, packet) packet {
 	}
 }
 
+// otherICMP is a timestamp request or, of IPv6, a node information query: neither an echo nor an error.
+func otherICMP(f family, p packet) packet {
+	p.proto, p.icmpType, p.tcp = f.icmp, 13, ""
+	if f.name == "ipv6" {
+		p.icmpType = 139
+	}
+	return p.addrs(at(p.src.Addr(), 0), at(p.dst.Addr(), 0))
+}
+
 var guards = []guard{
 	{name: "own-address", hook: fromBridge, packet: same, reason: passed},
 	{name: "address-of-the-world", hook: fromBridge, packet: source(worldOf), reason: bpf.NATCounterDROP_SPOOFED_ADDRESS},
@@ -104,6 +113,10 @@ var guards = []guard{
 	{name: "to-the-host", hook: fromBridge, packet: destination(bridgeOf, 53), reason: passed},
 	{name: "another-port-of-the-host", hook: fromBridge, packet: destination(uplinkOf, 3006), set: publishTCP, reason: passed},
 
+	{name: "other-icmp", hook: toUplink, packet: otherICMP, set: masquerade, reason: bpf.NATCounterDROP_PROTOCOL},
+	{name: "other-icmp-to-the-host", hook: fromUplink, packet: func(f family, p packet) packet {
+		return otherICMP(f, inbound(uplinkOf, 0)(f, p))
+	}, reason: passed},
 	{name: "no-rule", hook: toUplink, packet: same, reason: bpf.NATCounterDROP_NO_RULE},
 	{name: "rule-of-another-uplink", hook: toUplink, packet: same, set: func(d *datapath, f family) {
 		d.setRules(ruleSet{snat: []snatRule{{source: f.subnet, uplink: eth1If, masquerade: true}}})

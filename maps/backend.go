@@ -178,12 +178,11 @@ func (r DNATRule) target(t Backend) *Backend {
 	return &targets[i]
 }
 
-// without is the rule without some of its targets, and whether all of those were there and
-// others are left.
-func (r DNATRule) without(targets []Backend) (rest DNATRule, ok bool) {
+// without is the rule without those of its targets that are among these, how many were, and the rule
+// itself where none is left.
+func (r DNATRule) without(targets []Backend) (rest DNATRule, gone int) {
 	var left []Backend
 
-	gone := 0
 	for _, t := range r.Targets() {
 		if slices.ContainsFunc(targets, func(o Backend) bool { return r.compareTargets(t, o) == 0 }) {
 			gone++
@@ -191,11 +190,10 @@ func (r DNATRule) without(targets []Backend) (rest DNATRule, ok bool) {
 			left = append(left, t)
 		}
 	}
-	if gone != len(targets) || len(left) == 0 {
-		return r, false
+	if gone > 0 && len(left) > 0 {
+		r.setTargets(left)
 	}
-	r.setTargets(left)
-	return r, true
+	return r, gone
 }
 
 func (w *words) addTargets(r DNATRule) {
@@ -366,13 +364,20 @@ func (s *State) prepareAffinities(want Rules) error {
 	return s.putAffinities(affinityClients)
 }
 
-// dropAffinities takes the clients away when no rule asks for them any more.
-func (s *State) dropAffinities(have, want Rules) error {
-	asks := func(r DNATRule) bool { return r.Affinity != 0 }
-	if !slices.ContainsFunc(have.DNAT, asks) || slices.ContainsFunc(want.DNAT, asks) {
-		return nil
+// dropAffinities takes the clients away when no rule asks for them. It is about memory alone, after the rules are in
+// force: what fails is done by the next change.
+func (s *State) dropAffinities(want Rules) {
+	if slices.ContainsFunc(want.DNAT, func(r DNATRule) bool { return r.Affinity != 0 }) {
+		return
 	}
-	return s.putAffinities(1)
+	inner, err := s.openAffinities()
+	if err != nil {
+		return
+	}
+	defer inner.Close()
+	if inner.MaxEntries() > 1 {
+		_ = s.putAffinities(1)
+	}
 }
 
 func (s *State) openAffinities() (*ebpf.Map, error) {

@@ -65,7 +65,7 @@ type Timeouts struct {
 	ICMP           time.Duration // and every protocol without its own
 }
 
-// DefaultTimeouts satisfies RFC 4787, 5382, 5508 and 7857.
+// DefaultTimeouts satisfies RFC 4787, 5382 (but for closed connections), 5508 and 7857.
 func DefaultTimeouts() Timeouts {
 	return Timeouts{
 		TCPEstablished: 2*time.Hour + 4*time.Minute,

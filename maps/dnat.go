@@ -112,7 +112,7 @@ func (r DNATRule) normalize() (DNATRule, error) {
 		return r, err
 	}
 	if r.Destination.IsLoopback() && r.Protocol == SCTP {
-		return r, invalid("destination %s: is reached from the host alone, whose SCTP sockets cannot be led: leave the destination out", r.Destination)
+		return r, invalid("destination %s: the host's own SCTP sockets cannot be led, so nobody would reach it: use tcp or udp", r.Destination)
 	}
 	r, err := r.normalizeTargets()
 	if err != nil {
@@ -197,7 +197,7 @@ func compareDNAT(a, b *DNATRule) int {
 
 // AddDNAT adds a rule. One that is there already changes nothing. One with several targets takes the
 // place of a rule that differs in them alone, and has one of them: flows to those that stay go on. The error is an
-// ErrInvalidRule, ErrNotBuilt or, when another rule with the same destination, ingress and
+// ErrInvalidRule or, when another rule with the same destination, ingress and
 // protocol has one of the ports, an ErrRuleOverlap.
 func (rs *Rules) AddDNAT(r DNATRule) (changed bool, err error) {
 	r, err = r.normalize()
@@ -223,8 +223,9 @@ func (rs *Rules) AddDNAT(r DNATRule) (changed bool, err error) {
 
 // DeleteDNAT deletes a rule. One that is not there changes nothing. Without To, the rule
 // (or, with no Destination, the one of each family) is found by what it matches alone;
-// without Allow, whatever list it has. Balance and Affinity say nothing. When To or Backends are some of
-// the targets of a rule with several, these are taken out of it, and flows to the others go on.
+// without Allow, whatever list it has. Balance and Affinity say nothing. To or Backends are taken out of a
+// rule with several targets, as far as they are there, and flows to the others go on; a rule
+// without targets left is deleted.
 func (rs *Rules) DeleteDNAT(r DNATRule) (changed bool, err error) {
 	if r, err = r.normalizeToDelete(); err != nil {
 		return false, err
@@ -236,7 +237,13 @@ func (rs *Rules) DeleteDNAT(r DNATRule) (changed bool, err error) {
 			if r.key() != kept[i].key() || len(r.Allow) > 0 && !slices.Equal(r.Allow, kept[i].Allow) {
 				continue
 			}
-			kept[i], changed = kept[i].without(r.Targets())
+			rest, gone := kept[i].without(r.Targets())
+			changed = gone > 0
+			if gone == len(kept[i].Targets()) {
+				kept = slices.Delete(kept, i, i+1)
+			} else {
+				kept[i] = rest
+			}
 			break
 		}
 	}

@@ -14,9 +14,6 @@ var (
 	// error's text names it.
 	ErrRuleOverlap = errors.New("rules overlap")
 
-	// ErrNotBuilt indicates that the words are right but their behaviour is not built yet.
-	ErrNotBuilt = errors.New("not supported yet")
-
 	// ErrTooManyRules indicates that no id is left for a new rule.
 	ErrTooManyRules = errors.New("too many rules")
 

@@ -133,6 +133,17 @@ func TestFlows(t *testing.T) {
 	}
 }
 
+// What RFC 4787 (REQ-5), 5382 (REQ-5) and 5508 (REQ-2) ask for.
+func TestDefaultTimeouts(t *testing.T) {
+	want := Timeouts{
+		TCPEstablished: 124 * time.Minute, TCPTransitory: 4 * time.Minute, TCPClosed: 30 * time.Second,
+		UDP: 5 * time.Minute, UDPNew: 2 * time.Minute, UDPWellKnown: 30 * time.Second, ICMP: time.Minute,
+	}
+	if got := DefaultTimeouts(); got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+}
+
 func TestFlowStatesAndTimeouts(t *testing.T) {
 	const (
 		fin = bpf.NATTcpSeenTCP_SEEN_FIN

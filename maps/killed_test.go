@@ -61,7 +61,7 @@ func TestTakeOutNotes(t *testing.T) {
 	s := newState(t)
 	rule := set(t, s, Rules{DNAT: []DNATRule{dnat()}}).DNAT[0]
 	word, raised := must[rulesWord](t)(s.word()), generations(t, s)
-	for _, fail := range []error{ErrNotBuilt, nil} {
+	for _, fail := range []error{ErrTooManyRules, nil} {
 		err := s.takeOut(word, []uint32{0, rule.ID}, func() error {
 			if now := must[rulesWord](t)(s.word()); now.leaving() != rule.ID || now&wordUnruled == 0 {
 				t.Errorf("word %#x at the update", now)

@@ -148,7 +148,7 @@ func (s *State) rangeOver(word rulesWord, port bpf.NATDnatKey) (*bpf.NATDnatRule
 
 // deletePort deletes a rule for a single port. r is normalized to be deleted.
 func (s *State) deletePort(word rulesWord, r DNATRule) (changed bool, err error) {
-	if r.Ports.length() != 1 {
+	if r.Ports.length() != 1 || r.hasBackends() {
 		return false, errWhole
 	}
 	ports, err := s.openInner(s.m.DnatPorts, word)

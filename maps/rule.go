@@ -19,7 +19,7 @@ func (rs Rules) clone() Rules {
 }
 
 // normalize validates every rule and its neighbours and returns the set sorted, each rule in
-// its one form. The error is an ErrInvalidRule, ErrNotBuilt or ErrRuleOverlap.
+// its one form. The error is an ErrInvalidRule or ErrRuleOverlap.
 func (rs Rules) normalize() (Rules, error) {
 	out := rs.clone()
 	for i, r := range out.SNAT {

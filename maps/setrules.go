@@ -23,7 +23,7 @@ func (s *State) Rules() (Rules, error) {
 // ones. Flows of rules that are gone or changed end; when an SNAT rule is, or is new, flows
 // that no rule translates are decided anew. An unchanged rule keeps its id and its flows.
 //
-// The error is an ErrInvalidRule, ErrNotBuilt, ErrRuleOverlap or ErrTooManyRules, or says
+// The error is an ErrInvalidRule, ErrRuleOverlap or ErrTooManyRules, or says
 // which map refused; the old rules are then in force still.
 func (s *State) SetRules(want Rules) error {
 	want, err := want.normalize()
@@ -97,7 +97,8 @@ func (s *State) replaceRules(word rulesWord, have slotRules, want Rules) error {
 	if err := s.putWord(next); err != nil {
 		return err
 	}
-	return s.dropAffinities(have.rules, want)
+	s.dropAffinities(want)
+	return nil
 }
 
 func (s *State) word() (rulesWord, error) {

@@ -21,12 +21,12 @@ func newDNAT(e *env) *cobra.Command {
 		Long: `Publishes a port, or a range of them, of a container on a managed bridge. The same
 rule twice is done and changes nothing; a rule whose ports intersect those of another one
 for the same destination is refused. The host itself always may come in, by each of its
-addresses that the rule is for, and by 127.0.0.1 and ::1.
+addresses that the rule is for, and by 127.0.0.1 and ::1; to ports of SCTP it has no way.
 
 Of several containers each new flow gets one, at random by their weights or by the client's
 address. Whether one of them answers is not watched: health checks are for who changes the
-rule. The same rule with other containers, but one of those that it has, changes these: flows
-to those that stay go on.`,
+rule. Several containers for a rule that is there, at least one of them among those that it
+has, take the place of its list: flows to those that stay go on.`,
 		Example: `  # Port 3005 of every address of the host goes to a container:
   tcnat dnat add -p tcp --dport 3005 --to-destination 172.17.0.2:3005
   # To the host itself alone:
@@ -167,6 +167,8 @@ func (w *dnatWords) rule(whole bool, lookup func(string) (uint32, error)) (maps.
 		return maps.DNATRule{}, usagef("--to-destination is missing: the container's address and port")
 	case len(w.weight.values) > 0 && len(w.weight.values) != len(w.to.values):
 		return maps.DNATRule{}, usagef("--weight: %d for %d of --to-destination: give one for each", len(w.weight.values), len(w.to.values))
+	case len(w.to.values) < 2 && len(w.weight.values) > 0 && whole:
+		return maps.DNATRule{}, usagef("--weight: is for several of --to-destination: leave it out")
 	case len(w.to.values) < 2 && w.balance.isSet && whole:
 		return maps.DNATRule{}, usagef("--balance: is for several of --to-destination: leave it out")
 	case len(w.to.values) < 2 && w.affinity.isSet && whole:

@@ -63,6 +63,9 @@ func TestNamedTests(t *testing.T) {
 	}
 }
 
+// reason is how a cell begins that says why no test shows a requirement.
+var reason = regexp.MustCompile(`^ (not yet|no: |see |Docker |there are none)`)
+
 // What RFC 2119 makes a must is met, by a test or a reason.
 func TestRequirements(t *testing.T) {
 	text, err := os.ReadFile("../../docs/behaviour.md")
@@ -76,7 +79,7 @@ func TestRequirements(t *testing.T) {
 			continue
 		}
 		rows++
-		if strings.TrimSpace(cells[5]) == "" && strings.TrimSpace(cells[4]) == "" {
+		if !namedTest.MatchString(cells[5]) && !reason.MatchString(cells[4]) {
 			t.Errorf("%s: neither a test nor a reason", line)
 		}
 	}

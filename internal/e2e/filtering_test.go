@@ -41,7 +41,8 @@ func reaches(t *testing.T, from *net.UDPConn, to netip.AddrPort, at *net.UDPConn
 // With endpoint-independent filtering whoever knows the outside port of a container's socket reaches it, and is
 // answered from there; an attach changes it either way. A neighbour reaches it always.
 func TestFiltering(t *testing.T) {
-	const long, short = 5 * time.Second, 300 * time.Millisecond
+	const long = 5 * time.Second
+	short := slowly(300 * time.Millisecond)
 	forEachMode(t, lab.Options{Containers: 2}, func(t *testing.T, r *rig, mode loader.AttachMode) {
 		r.attach(t, loader.AttachOptions{Mode: mode})
 		for i, f := range lab.Families() {

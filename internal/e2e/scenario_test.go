@@ -71,7 +71,7 @@ func (r *rig) mustLeadTo(t *testing.T, client, server *lab.Node, listen, to neti
 func (r *rig) mustLeadNowhere(t *testing.T, client, server *lab.Node, listen, to netip.AddrPort) {
 	t.Helper()
 	for _, protocol := range protocols() {
-		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), slowly(300*time.Millisecond))
 		_, seen, err := call{protocol, client, server, listen, to}.do(ctx)
 		if cancel(); err == nil || seen.IsValid() {
 			t.Errorf("%s from %s to %s: the server at %s saw %s, and nothing leads there", protocol, client.Role, to, listen, seen)

@@ -67,7 +67,7 @@ func (c call) mustSee(t *testing.T, want netip.Addr) {
 // mustFail makes the call and checks that no answer comes.
 func (c call) mustFail(t *testing.T) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), slowly(300*time.Millisecond))
 	defer cancel()
 	local, seen, err := c.do(ctx)
 	if !errors.Is(err, lab.ErrNoReply) || seen.IsValid() {
@@ -92,7 +92,7 @@ func mustPing(t *testing.T, from *lab.Node, to netip.Addr, o lab.PingOptions) {
 // mustNotPing sends an echo request and wants no answer of any kind.
 func mustNotPing(t *testing.T, from *lab.Node, to netip.Addr, o lab.PingOptions) {
 	t.Helper()
-	o.Timeout = 300 * time.Millisecond
+	o.Timeout = slowly(300 * time.Millisecond)
 	if _, err := lab.Ping(t.Context(), from, to, o); !errors.Is(err, lab.ErrNoReply) {
 		t.Errorf("ping %s from %s: %v, want %v", to, from.Role, err, lab.ErrNoReply)
 	}
