@@ -5,6 +5,7 @@
 #include "abi.h"
 
 #define HOOK_INGRESS 0
+#define HOOK_UPLINK  1 /* ingress of any uplink: a datagram may come by several */
 #define HOOK_EGRESS  0x80000000
 
 /* What a later fragment shows of its datagram, at one hook. */
@@ -13,7 +14,7 @@ struct datagram_key {
 	struct addr dst;
 	__be32 id;
 	__u32 ifindex; /* the hook's device */
-	__u32 hook;    /* 0: ingress; egress: HOOK_EGRESS and the device that it came in by */
+	__u32 hook; /* HOOK_INGRESS, HOOK_UPLINK; egress: HOOK_EGRESS and the device that it came in by */
 	enum family family;
 	__u8 proto; /* 0 with IPv6, where only the first fragment's counts */
 	__u16 pad;

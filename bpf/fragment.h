@@ -53,7 +53,7 @@ static __always_inline bool fragment_name(struct __sk_buff *skb, const struct he
 	key->src = h->tuple.src;
 	key->dst = h->tuple.dst;
 	key->id = part->id;
-	key->ifindex = skb->ifindex;
+	key->ifindex = hook == HOOK_UPLINK ? 0 : skb->ifindex;
 	key->hook = hook;
 	key->family = h->tuple.family;
 	key->proto = h->tuple.family == FAMILY_IPV4 ? h->tuple.proto : 0;
@@ -245,10 +245,30 @@ __noinline long fragment_release(struct __sk_buff *skb, __u32 l3, __u32 hook)
 		bpf_map_delete_elem(&held_fragments, &s->key);
 		if (!err)
 			err = bpf_clone_redirect(skb, skb->ifindex,
-						 hook == HOOK_INGRESS ? BPF_F_INGRESS : 0);
+						 hook & HOOK_EGRESS ? 0 : BPF_F_INGRESS);
 		count(err < 0 ? DROP_FRAGMENT_NO_ROOM : FRAGMENTS_RELEASED);
 	}
 	return turned ? fragment_turn(skb, l3, s->first, length) : 0;
+}
+
+/* What waits for the first fragment that fragment_note() has just noted, and was refused. */
+__noinline int fragment_discard(void)
+{
+	struct fragment_scratch *s = fragment_scratch_get();
+	struct held_fragment *held;
+
+	if (!s)
+		return 0;
+	asm volatile("" ::"r"(__sync_fetch_and_add(&s->taken, 0)) : "memory");
+	for (__u32 slot = 0; slot < HELD_SLOTS; slot++) {
+		s->key.slot = slot;
+		held = bpf_map_lookup_elem(&held_fragments, &s->key);
+		if (!held || !held_take(held, &s->key))
+			continue;
+		bpf_map_delete_elem(&held_fragments, &s->key);
+		count(DROP_FRAGMENT);
+	}
+	return 0;
 }
 
 /* What the protocol field of a later fragment says, where we translate what is behind it. With
@@ -313,8 +333,10 @@ static __noinline enum verdict fragment_end(struct packet *p, enum verdict v, __
 	enum fragment_fate fate = v == DROP ? FATE_REFUSED : p->h.fate ? p->h.fate : FATE_CARRIED;
 
 	fragment_note(p->skb, &p->h, hook, p->now, fate);
-	if (v == DROP)
+	if (v == DROP) {
+		fragment_discard();
 		return v;
+	}
 	return fragment_release(p->skb, p->h.l3, hook) ? drop(p, DROP_REWRITE) : v;
 }
 

@@ -115,7 +115,7 @@ func TestFragmentsRefused(t *testing.T) {
 			reason = bpf.NATCounterDROP_NO_FLOW
 		}
 		c.holds(f.hook, from[2])
-		c.dropsFrame(f.hook, from[0], reason)
+		c.refuses(f.hook, from[0], reason)
 		for _, piece := range from[1:] {
 			c.dropsFrame(f.hook, piece, bpf.NATCounterDROP_FRAGMENT)
 		}
@@ -255,15 +255,29 @@ func TestFragmentsSpoofed(t *testing.T) {
 				pieces := f.in.cut(pieceSize, 2)
 				d.passesFrame(f.hook, pieces[0], pieces[0])
 				d.holds(f.hook.by(eth1If), pieces[1])
-				d.dropsFrame(f.hook.by(eth1If), pieces[0], bpf.NATCounterDROP_NO_FLOW)
+				d.refuses(f.hook.by(eth1If), pieces[0], bpf.NATCounterDROP_NO_FLOW)
 				d.dropsFrame(f.hook.by(eth1If), pieces[1], bpf.NATCounterDROP_FRAGMENT)
 			}
 			// nobody outside speaks to a container by its own address
 			wire, _ := c.in("", c.payloadFor())
 			direct := wire.to(c.inside).cut(pieceSize, 3)
 			d.holds(fromUplink(), direct[1])
-			d.dropsFrame(fromUplink(), direct[0], bpf.NATCounterDROP_NO_FLOW)
+			d.refuses(fromUplink(), direct[0], bpf.NATCounterDROP_NO_FLOW)
 			d.dropsFrame(fromUplink(), direct[1], bpf.NATCounterDROP_FRAGMENT)
+			// nor with an inside address
+			for _, piece := range sent.to(at(f.world, 443)).between(gatewayMAC, uplinkMAC).cut(pieceSize, 4) {
+				d.dropsFrame(fromUplink(), piece, bpf.NATCounterDROP_SPOOFED_ADDRESS)
+			}
+			// by another uplink than the first, it is of the datagram all the same
+			pieces := wire.cut(pieceSize, 5)
+			d.holds(fromUplink().on(eth1If).by(eth1If), wire.between(gatewayMAC, eth1MAC).cut(pieceSize, 5)[1])
+			verdict, _ := d.run(fromUplink(), pieces[0])
+			if verdict != unspec {
+				d.Fatalf("verdict %d of a first fragment", int32(verdict))
+			}
+			if n := len(elements[bpf.NATHeldKey, bpf.NATHeldFragment](d, d.HeldFragments)); n != 0 {
+				d.Errorf("%d fragments wait still", n)
+			}
 		})
 	}
 }

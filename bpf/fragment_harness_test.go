@@ -3,6 +3,7 @@ package bpf_test
 import (
 	"bytes"
 	"encoding/binary"
+	"maps"
 	"slices"
 	"time"
 
@@ -185,5 +186,19 @@ func (d *datapath) orderedAs(verdict uint32, h hook, in, want packet, size int, 
 		default:
 			d.leavesFrame(h, from[n], to[n], verdict)
 		}
+	}
+}
+
+// refuses expects the program to drop a first fragment for this reason, and the one that waits for it too.
+func (d *datapath) refuses(h hook, first []byte, reason bpf.NATCounter) {
+	d.Helper()
+	before := d.counts()
+	verdict, _ := d.run(h, first)
+	got := d.counts().since(before).drops()
+	if want := (counts{reason: 1, bpf.NATCounterDROP_FRAGMENT: 1}); verdict != shot || !maps.Equal(got, want) {
+		d.Fatalf("%s: verdict %d, counted drops %s, want %s", h.program, int32(verdict), got, want)
+	}
+	if n := len(elements[bpf.NATHeldKey, bpf.NATHeldFragment](d, d.HeldFragments)); n != 0 {
+		d.Errorf("%s: %d fragments wait still", h.program, n)
 	}
 }

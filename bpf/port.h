@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* port.h - choosing the port of the reply tuple, and claiming the tuple.
  *
- *  1. an endpoint that has a mapping keeps its port;
+ *  1. an endpoint that has a mapping at its outside address keeps its port;
  *  2. else the original's own source port, where it is allowed and free;
  *  3. else ports that a keyed hash gives, PORT_TRIES at most: a search of the whole range in
  *     softirq would hold the CPU (nf_nat_l4proto_unique_tuple says the same). Spread over the

@@ -262,11 +262,11 @@ static __noinline enum verdict early_from_uplink(struct packet *p)
 	__u32 ifindex;
 
 	if (bridge_of(&p->h.tuple.dst))
-		return fragment_wait(p, HOOK_INGRESS, DROP);
+		return fragment_wait(p, HOOK_UPLINK, DROP);
 	if (route_of(p, &ifindex) == ROUTE_FORWARD && ifindex &&
 	    !bpf_map_lookup_elem(&devices, &ifindex))
 		return PASS;
-	return fragment_wait(p, HOOK_INGRESS, PASS);
+	return fragment_wait(p, HOOK_UPLINK, PASS);
 }
 
 static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
@@ -300,12 +300,15 @@ static __always_inline enum verdict uplink_ingress(struct packet *p, __u32 l3)
 	if (p->h.kind == KIND_ICMP_ERROR && p->h.fragment == FRAGMENT_NONE)
 		return error_inward(p);
 	if (__builtin_expect(p->h.fragment != FRAGMENT_NONE, 0)) {
-		v = fragment_begin(p, HOOK_INGRESS);
+		/* at to_uplink the device that it came by may not be known: see fragment_input() */
+		if (bridge_of(&p->h.tuple.src))
+			return drop(p, DROP_SPOOFED_ADDRESS);
+		v = fragment_begin(p, HOOK_UPLINK);
 		if (v == GO_ON && is_early(p))
 			v = early_from_uplink(p);
 		if (v != GO_ON)
 			return v;
 	}
 	v = arrive(p, l3);
-	return p->h.fragment == FRAGMENT_FIRST ? fragment_end(p, v, HOOK_INGRESS) : v;
+	return p->h.fragment == FRAGMENT_FIRST ? fragment_end(p, v, HOOK_UPLINK) : v;
 }

@@ -31,7 +31,7 @@ func TestWrongUsage(t *testing.T) {
 		"dnat add -p tcp --dport 1 --to-destination 172.17.0.2 --to-destination 172.17.0.3 --affinity 1500ms":             "tcnat dnat add: --affinity 1500ms: takes whole seconds, like 90s or 10m, up to 168h0m0s",
 		"dnat add -p tcp --dport 1 --to-destination 172.17.0.2 --to-destination 172.17.0.3 --affinity -1s":                "tcnat dnat add: --affinity -1s: takes whole seconds, like 90s or 10m, up to 168h0m0s",
 		"dnat add -p tcp --dport 1 --to-destination 172.17.0.2 --to-destination 172.17.0.3 --affinity 169h":               "tcnat dnat add: --affinity 169h: takes whole seconds, like 90s or 10m, up to 168h0m0s",
-		"dnat add -p tcp --dport 1 --to-destination 172.17.0.2 --weight 5":                                               "tcnat dnat add: --weight: is for several of --to-destination: leave it out",
+		"dnat add -p tcp --dport 1 --to-destination 172.17.0.2 --weight 5":                                                "tcnat dnat add: --weight: is for several of --to-destination: leave it out",
 		"dnat add -p tcp --dport 1 --to-destination 172.17.0.2 --balance source":                                          "tcnat dnat add: --balance: is for several of --to-destination: leave it out",
 		"dnat add -p tcp --dport 1 --to-destination 172.17.0.2 --affinity 1m":                                             "tcnat dnat add: --affinity: is for several of --to-destination: leave it out",
 		"dnat add -p tcp --dport 1 --to-destination 172.17.0.2 --to-destination 172.17.0.3:1-2":                           "tcnat dnat add: target ports 1-2: 2 for the 1 of 1: name one, as many, or none",
