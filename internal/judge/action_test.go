@@ -274,5 +274,20 @@ func (a errorAction) String() string {
 // repeatAction sends the side's last packet of the flow once more.
 type repeatAction struct{}
 
-func (repeatAction) packet(v *view, s step) []byte { return v.sent[speaker{s.flow, s.from}].ip }
-func (repeatAction) String() string                { return "the same once more" }
+func (repeatAction) packet(v *view, s step) []byte {
+	ip := v.sent[speaker{s.flow, s.from}].ip
+	if s.shape.fragment == 0 || len(ip) < 20 || ip[0]>>4 != 4 {
+		return ip
+	}
+	// In fragments of another size under the same id the two would be taken for one, which is cut twice.
+	ip = bytes.Clone(ip)
+	sum := uint32(^binary.BigEndian.Uint16(ip[10:])) + uint32(^binary.BigEndian.Uint16(ip[4:])) + uint32(s.shape.id)
+	binary.BigEndian.PutUint16(ip[4:], s.shape.id)
+	for sum > 0xffff {
+		sum = sum&0xffff + sum>>16
+	}
+	binary.BigEndian.PutUint16(ip[10:], ^uint16(sum))
+	return ip
+}
+
+func (repeatAction) String() string { return "the same once more" }

@@ -12,14 +12,15 @@ func errorInFragments(d *difference) bool {
 }
 
 // hostsErrorAboutFragments: nothing but errors of the host to who sent the packet, in either world, and tcnat's
-// quote fragments of what was sent.
+// quote fragments of what was sent. Where that is an error itself, which conntrack's host sees of the whole, it says nothing.
 func hostsErrorAboutFragments(d *difference) bool {
 	end := d.flows[d.step.flow].endOf(d.step.from)
 	if !d.inFragments() || d.steps[d.at].shape.ttl > 1 && d.step.shape.ttl > 1 || len(d.faults[tcnat]) > 0 {
 		return false
 	}
+	_, ofError := d.isError()
 	for world := range worldCount {
-		if d.total(world) == 0 || d.total(world) != d.count(world, end) {
+		if d.total(world) == 0 && (world == tcnat || !ofError) || d.total(world) != d.count(world, end) {
 			return false
 		}
 	}
